@@ -365,7 +365,10 @@ def test_more_than_a_thousand_visitors_can_stay_connected(serve):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # and so the server's
     process = serve()
-    lines = [http.client.HTTPConnection("127.0.0.1", process.port) for _ in range(1200)]
+    lines = [
+        http.client.HTTPConnection("127.0.0.1", process.port, timeout=20)
+        for _ in range(1200)
+    ]
     for line in lines:
         line.request("GET", "/health")
     assert {line.getresponse().status for line in lines} == {200}
