@@ -146,11 +146,11 @@ def serve(store):
         process.communicate()
 
 
-def get(port, path="/", method="GET", host="127.0.0.1"):
+def get(port, path="/", host="127.0.0.1"):
     """Return the status and text that a request gets on a connection of its own."""
     connection = http.client.HTTPConnection(host, port, timeout=20)
     try:
-        connection.request(method, path)
+        connection.request("GET", path)
         reply = connection.getresponse()
         return reply.status, reply.read().decode()
     finally:
