@@ -168,7 +168,7 @@ def main():
     print(f"Serving on port {port}, counting {VISITS_KEY} in Redis {place}", flush=True)
     if signal.sigwait(signals) == signal.SIGTERM:
         stopping.set()
-        time.sleep(2)  # the proxy asks /ready twice a second
+        time.sleep(1.5)  # the proxy asks /ready twice a second
     server.task_dispatcher.shutdown()
     # The threads are done; the main loop may still be sending their answers.
     while any(each.total_outbufs_len for each in list(server.active_channels.values())):
