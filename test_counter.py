@@ -355,6 +355,11 @@ def test_it_says_where_it_listens_and_counts_but_no_password(serve):
     assert "s3cret" not in process.line
 
 
+def test_it_keeps_to_one_core_where_the_system_allows(serve):
+    if hasattr(os, "sched_getaffinity"):  # a Mac has none
+        assert len(os.sched_getaffinity(serve().pid)) == 1
+
+
 def test_it_names_no_product(serve):
     port = serve().port
     for request in (b"GET / HTTP/1.0\r\n\r\n", b"?\r\n\r\n"):
