@@ -117,8 +117,9 @@ def relay():
 
 
 @pytest.fixture
-def app(store):
+def app(store, monkeypatch):
     """The WSGI callable in this process, held to the rules of WSGI by WebTest's lint."""
+    monkeypatch.setattr(counter, "answered", 0.0)  # by the Redis of an earlier test
     return TestApp(counter.app)
 
 
@@ -269,6 +270,13 @@ def test_without_redis_every_request_is_answered_and_all_is_well_once_it_is_back
     before = store.count()
     assert numbers([(200, app.get("/").text)]) == [before + 1]
     assert before <= 3  # each of the two that failed was counted once at most
+
+
+def test_a_redis_that_was_restarted_between_two_visits_costs_none(app, store):
+    app.get("/")
+    store.stop()
+    store.start()
+    assert numbers([(200, app.get("/").text)]) == [2]
 
 
 def test_an_error_from_redis_is_told_and_nothing_counted(app, store):
