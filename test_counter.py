@@ -230,7 +230,10 @@ def test_many_at_once_get_every_number_once(serve, store):
     assert process.communicate()[1] == ""  # no warning of a queue, nor of anything else
 
 
-def test_visits_that_arrive_together_share_a_command(app, store, relay, monkeypatch):
+@pytest.mark.parametrize(("lost", "status", "commands"), [(0, 200, 2), (1, 503, 1)])
+def test_visits_that_wait_together_share_a_command_or_a_failure(
+    app, store, relay, monkeypatch, lost, status, commands
+):
     arrived = threading.Semaphore(0)
 
     class Waiting(deque):
@@ -241,17 +244,19 @@ def test_visits_that_arrive_together_share_a_command(app, store, relay, monkeypa
     monkeypatch.setattr(counter, "waiting", Waiting())
     monkeypatch.setattr(counter, "store", counter.connect(relay.url))
     with ThreadPoolExecutor(21) as pool:
-        first = pool.submit(app.get, "/")
+        first = pool.submit(app.get, "/", status=status)
         assert relay.held.acquire(timeout=20)
-        others = [pool.submit(TestApp(counter.app).get, "/") for _ in range(20)]
+        others = [
+            pool.submit(TestApp(counter.app).get, "/", status=status) for _ in range(20)
+        ]
         for _ in range(21):
             assert arrived.acquire(timeout=20)
+        relay.cut = lost
         relay.go.set()
         answers = [visit.result() for visit in (first, *others)]
-    assert sorted(
-        numbers((answer.status_int, answer.text) for answer in answers)
-    ) == list(range(1, 22))
-    assert store.commands() == 2
+    given = numbers((answer.status_int, answer.text) for answer in answers)
+    assert sorted(given) == ([] if lost else list(range(1, 22)))
+    assert store.commands() == commands
 
 
 @pytest.mark.parametrize("fail, mend", [("stop", "start"), ("freeze", "thaw")])
