@@ -147,6 +147,24 @@ def serve(store):
         process.communicate()
 
 
+@pytest.fixture
+def crowded(serve, relay):
+    """A server that counts through the relay, with 1,200 connections open to it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # and so the server's
+    process = serve(REDIS_URL=relay.url)
+    process.lines = [
+        http.client.HTTPConnection("127.0.0.1", process.port, timeout=20)
+        for _ in range(1200)
+    ]
+    for line in process.lines:
+        line.connect()
+    yield process
+    for line in process.lines:
+        line.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def get(port, path="/", host="127.0.0.1"):
     """Return the status and text that a request gets on a connection of its own."""
     connection = http.client.HTTPConnection(host, port, timeout=20)
@@ -379,20 +397,10 @@ def test_it_names_no_product(serve):
         assert b"waitress" not in send(port, request).lower()
 
 
-def test_more_than_a_thousand_visitors_can_stay_connected(serve):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # and so the server's
-    process = serve()
-    lines = [
-        http.client.HTTPConnection("127.0.0.1", process.port, timeout=20)
-        for _ in range(1200)
-    ]
-    for line in lines:
+def test_more_than_a_thousand_visitors_can_stay_connected(crowded):
+    for line in crowded.lines:
         line.request("GET", "/health")
-    assert {line.getresponse().status for line in lines} == {200}
-    for line in lines:
-        line.close()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {line.getresponse().status for line in crowded.lines} == {200}
 
 
 @pytest.mark.parametrize(
@@ -442,6 +450,18 @@ def test_sigterm_waits_for_the_visit_in_flight(serve, store, relay):
         assert process.wait(20) == 0
     assert time.monotonic() - began < LIMIT
     assert process.communicate() == ("", "")
+
+
+def test_the_end_waits_until_the_last_answer_is_sent(crowded, relay):
+    with ThreadPoolExecutor(1) as pool:
+        visit = pool.submit(get, crowded.port)
+        assert relay.held.acquire(timeout=20)
+        # The main loop looks at all connections before it sends: too late for a hasty end.
+        get(crowded.port, "/health")
+        crowded.send_signal(signal.SIGINT)
+        relay.go.set()
+        assert numbers([visit.result()]) == [1]
+    assert crowded.wait(20) == 0
 
 
 def test_ctrl_c_ends_it_at_once_and_in_peace(serve):
