@@ -132,7 +132,9 @@ def respond(method, path, arrived):
 
 def app(environ, start_response):
     """Return the body of the answer to a request, as WSGI (PEP 3333) has it."""
-    method, path = environ["REQUEST_METHOD"], environ.get("PATH_INFO") or "/"
+    method = environ["REQUEST_METHOD"]
+    # As it was sent: in PATH_INFO, Waitress takes // and /%2F for /.
+    path = environ.get("REQUEST_URI", environ["PATH_INFO"]).partition("?")[0]
     # When Waitress read the request, which may since have waited for a thread.
     channel = getattr(environ.get("waitress.client_disconnected"), "__self__", None)
     arrived = channel.last_activity if channel else time.time()

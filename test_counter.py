@@ -220,7 +220,7 @@ def test_head_has_the_headers_of_get(app, store):
         ),
         *(
             ("GET", path, 404)
-            for path in ("/favicon.ico", "/index.html", "//", "/%2e", "/health/")
+            for path in ("/favicon.ico", "/index.html", "/%2e", "/health/")
         ),
         ("POST", "/health", 405),
         ("POST", "/elsewhere", 404),
@@ -410,6 +410,9 @@ def test_more_than_a_thousand_visitors_can_stay_connected(crowded):
         + b"\x00" * 154,  # TLS to a plain port
         b"\r\n\x00\xff\xfe GET / \r\n\r\n",
         b"get / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET // HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /%2F?/ HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /#/ HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\n",  # half a request
