@@ -34,7 +34,7 @@ def connect(url):
             # A call can connect twice, a visit wait for two calls: 2 * (2 * 0.25 + 1) s.
             socket_connect_timeout=0.25,
             socket_timeout=1,
-            # A retry after a lost reply would count a visit twice (redis-py issue 261).
+            # A retry adds its wait, and after a lost reply counts twice (redis-py issue 261).
             retry=Retry(NoBackoff(), 0),
             # No greetings: each is a round trip more, and a command more to allow.
             protocol=2,
