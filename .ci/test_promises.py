@@ -77,15 +77,21 @@ class Stack:
     def exec(self, service, command):
         return self.compose(f"exec -T {service} {command}", check=False)
 
+    def pid(self, container):
+        return docker("inspect -f {{.State.Pid}}", container)
+
     def as_root(self, service, program):
         """Run a Python program as root; its argument is the service's host process id."""
-        pid = docker("inspect -f {{.State.Pid}}", self.containers(service)[0])
+        pid = self.pid(self.containers(service)[0])
         power = "--pid host --user root --cap-add SYS_PTRACE"
         docker(f"run --rm {power} {self.test_image} python -c", program, pid)
 
     def kill_9(self, service):
         """Kill the process from outside, so that Docker's restart policy applies."""
+        container = self.containers(service)[0]
+        before = self.pid(container)
         self.as_root(service, "import os, sys; os.kill(int(sys.argv[1]), 9)")
+        wait_until(lambda: self.pid(container) not in (before, "0"))
 
     def away(self, service, down, up, seconds=4):
         container = self.containers(service)[0]
@@ -185,7 +191,7 @@ class Visitors:
     def harm(self):
         """Return the errors, how many numbers came twice, and how many to nobody."""
         given = set(self.numbers)
-        missing = max(given) - min(given) + 1 - len(given)
+        missing = max(given, default=0) - min(given, default=1) + 1 - len(given)
         return dict(self.errors), len(self.numbers) - len(given), missing
 
     def __str__(self):
