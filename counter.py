@@ -47,7 +47,7 @@ class Visits:
     def __init__(self, url):
         self._redis = redis.Redis.from_url(
             url,
-            # With the second for its name that compose.yml sets, less than 3 s in all.
+            # With the second that compose.yml allows for its name, less than 3 s in all.
             socket_connect_timeout=0.25,
             socket_timeout=1,
             # The proxy tries again; a retry here would only make visits wait longer.
