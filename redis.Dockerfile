@@ -8,7 +8,7 @@ ENTRYPOINT ["redis-server"]
 # In this order:
 # - Every write is on disk before its answer goes out, so snapshots (save) would add nothing.
 # - When the memory is full, keys that expire are evicted: a flood shortens how long they are known.
-# - Other containers may connect without a password, because the last two lines say what they may do:
+# - Other containers may connect without a password, because what follows --user says what they may do:
 #   ping for the health check; get, incrby and eval to count; set only for the number of a key.
 #   Redis before 8.4.4 checks what it reads from its own file against this list too, hence select,
 #   multi and exec (redis issue 14545).
