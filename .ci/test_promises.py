@@ -412,7 +412,7 @@ def test_a_swarm_replaces_every_replica_and_harms_nobody(tmp_path):
           deploy: {{endpoint_mode: dnsrr}}
           ports: [{{target: 5000, published: {PORT}, mode: host}}]
     """)
-    list_tasks = f"docker ps -q --filter name=^{NAME}_"
+    list_tasks = f"docker ps -aq --filter name=^{NAME}_"
     healthy_proxy = f"docker ps -q --filter name=^{NAME}_proxy --filter health=healthy"
     sh("docker compose down -v")
     sh("docker swarm init --advertise-addr 127.0.0.1")
