@@ -1,7 +1,6 @@
-"""The promises, checked on the whole stack while it is loaded and broken. Needs Docker.
+"""The promises, checked on the whole stack under load, while parts of it are broken.
 
-In the project's folder:
-
+Needs Docker. In the project's folder:
 pytest -sv .ci              all of them, with the figures seen
 pytest -sv .ci -k frozen    those with this word in their name
 """
@@ -10,6 +9,7 @@ import http.client
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from math import inf
 from types import SimpleNamespace
 
 import pytest
@@ -26,41 +27,38 @@ NAME = f"counter-ci-{os.getpid()}"
 with socket.create_server(("127.0.0.1", 0)) as free:
     HOST, PORT = free.getsockname()
 os.environ |= {"COMPOSE_PROJECT_NAME": NAME, "REGISTRY": f"{NAME}/"}
-os.environ |= {"BIND": HOST, "PORT": str(PORT)}
+os.environ |= {"BIND": HOST, "PORT": str(PORT), "COMPOSE_PROGRESS": "quiet"}
 WEB = f"{NAME}/counter-web:1"
-LAST_LINES = "docker compose logs --tail 15"
+NEW_CODE = "docker compose build -q --no-cache web"  # as if its code had changed
+FREEZE = "pause", "unpause"
 VISIT = re.compile(r"Visit (\d+), served by (\w+)\n")
+# 1000 clients need more open files than the shell of a Mac allows.
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
 
 
 def sh(command):
     """Run a command in a shell, and return what it prints."""
-    done = subprocess.run(
-        command, shell=True, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, f"{command}: {done.stderr}"
-    return done.stdout.strip()
+    return subprocess.check_output(command, shell=True, text=True, timeout=300).strip()
 
 
-def wait_until(condition):
+def wait_until(read, wanted=True):
     deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, sh(LAST_LINES)
+    while (value := read()) != wanted:
+        assert time.monotonic() < deadline, f"after 60 s {value}, not {wanted}"
         time.sleep(0.1)
 
 
 def up(web=3):
+    # Without --wait, which fails when a container was frozen since its last health check.
     sh(f"docker compose up -d --scale web={web}")
-    list_health = "docker compose ps --format '{{.Health}}'"
-    wait_until(lambda: sh(list_health).split() == ["healthy"] * (web + 2))
-
-
-def containers(service):
-    return sh(f"docker compose ps -q {service}").split()
+    read_health = "docker compose ps --format '{{.Health}}'"
+    wait_until(lambda: sh(read_health).split(), ["healthy"] * (web + 2))
 
 
 def kill_9(service):
     """Kill a process as a crash does: after `docker kill`, Docker would not restart it."""
-    read_pid = f"docker inspect -f '{{{{.State.Pid}}}}' {containers(service)[0]}"
+    container = sh(f"docker compose ps -q {service}").split()[0]
+    read_pid = "docker inspect -f '{{.State.Pid}}' " + container
     pid = sh(read_pid)
     sh(f"docker run --rm --pid host --user root {WEB} sh -c 'kill -9 {pid}'")
     wait_until(lambda: sh(read_pid) not in (pid, "0"))
@@ -68,27 +66,17 @@ def kill_9(service):
 
 def away(service, end="stop", begin="start", seconds=4):
     """Take one of a service's containers away for a while."""
-    container = random.choice(containers(service))
-    sh(f"docker {end} {container}")
-    time.sleep(seconds)
-    sh(f"docker {begin} {container}")
-
-
-def new_code(web):
-    """Build the image of web as if its code had changed, and replace the replicas."""
-    before = containers("web")
-    sh("docker compose build -q --no-cache web")
-    up(web)
-    assert not set(before) & set(containers("web"))
+    container = random.choice(sh(f"docker compose ps -q {service}").split())
+    sh(f"docker {end} {container} && sleep {seconds} && docker {begin} {container}")
 
 
 def crash(*services):
     """For a minute, kill, freeze or restart containers, one of each service at a time."""
-    faults = [("kill", "start"), ("pause", "unpause"), ("restart", "start")]
+    faults = [("kill", "start"), FREEZE, ("restart", "start")]
 
     def torment(service):
-        for _ in range(12):
-            away(service, *random.choice(faults), seconds=random.uniform(1, 3))
+        for fault in random.sample(4 * faults, 12):
+            away(service, *fault, seconds=random.uniform(1, 3))
             time.sleep(random.uniform(1, 3))
 
     with ThreadPoolExecutor() as pool:
@@ -97,8 +85,8 @@ def crash(*services):
 
 def send(request):
     """Return all that is answered to a request until the connection is closed."""
-    answer, address = b"", (HOST, PORT)
-    with suppress(ConnectionError), socket.create_connection(address, 15) as line:
+    answer = b""
+    with suppress(ConnectionError), socket.create_connection((HOST, PORT), 15) as line:
         line.sendall(request.encode("latin-1"))
         while more := line.recv(65536):
             answer += more
@@ -109,20 +97,21 @@ def visit(key=""):
     """Return the number of a visit."""
     # In the absolute form, to see that the proxy shortens it.
     answer = send(f"GET http://x/ HTTP/1.0\r\nIdempotency-Key: {key}\r\n\r\n")
-    return int(VISIT.search(answer)[1])
+    served = VISIT.search(answer)
+    assert served, answer
+    return int(served[1])
 
 
 def client(seen, keys):
     """Visit again and again, with `keys` under the same key until there is a number."""
     connection = http.client.HTTPConnection(HOST, PORT, timeout=30)
-    key = None  # of a visit that has no number yet
+    key = {}  # the header of a visit that has no number yet
     while time.monotonic() < seen.end + (30 if key else 0):
         if keys and not key:
-            key = str(random.random())
+            key = {"Idempotency-Key": str(random.random())}
         began = time.monotonic()
         try:
-            headers = {"Idempotency-Key": key} if key else {}
-            connection.request("GET", "/", headers=headers)
+            connection.request("GET", "/", headers=key)
             answer = connection.getresponse()
             status, text = answer.status, answer.read().decode()
         except (OSError, http.client.HTTPException) as error:
@@ -133,40 +122,49 @@ def client(seen, keys):
         if served := VISIT.fullmatch(text):
             seen.numbers.append(int(served[1]))
             seen.replicas.add(served[2])
-            key = None
+            key = {}
         else:
             seen.errors[status] += 1
     connection.close()
 
 
 @contextmanager
-def visitors(clients=32, keys=False):
-    """Let clients visit meanwhile, and yield what they see.
+def visitors(limit=inf, late=inf, clients=32, keys=False, replicas=3, stay=3):
+    """Let clients visit meanwhile, and check what they see.
 
-    Afterwards, `harm` has their errors, how many numbers came twice, and how many came to
-    nobody or were never counted."""
+    No number may come twice, come to nobody or be left out. No visit may take `limit`
+    seconds, and only `late` visits more than one. Without `keys`, none may fail. At the
+    end, this many `replicas` must serve, and `stay` of the first three among them."""
     seen = SimpleNamespace(numbers=[], waits=[], replicas=set(), errors=Counter())
-    seen.end = float("inf")
-    first = visit()
+    seen.end = inf
+    before = visit()
     with ThreadPoolExecutor(clients) as pool:
         ends = pool.map(client, [seen] * clients, [keys] * clients)
         try:
-            wait_until(lambda: len(seen.replicas) == 3)
+            wait_until(lambda: len(seen.replicas), 3)
+            first, seen.replicas = seen.replicas, set()
             yield seen
+            seen.replicas = set()
             enough = len(seen.waits) + 10 * clients  # to see harm that comes later
             wait_until(lambda: len(seen.waits) > enough)
+            wait_until(lambda: len(seen.replicas), replicas)
         finally:
             seen.end = time.monotonic()
         list(ends)  # raises what a client raised
-    given, counted = set(seen.numbers), set(range(first + 1, visit()))
-    harm = Counter(twice=len(seen.numbers) - len(given), lost=len(given ^ counted))
-    seen.harm, seen.slowest = dict(seen.errors + harm), max(seen.waits)
-    print(f"{len(given)} visits, slowest {seen.slowest:.2f} s, harm {seen.harm}")
+    given, counted = set(seen.numbers), set(range(before + 1, visit()))
+    twice, lost = len(seen.numbers) - len(given), len(given ^ counted)
+    slowest, errors = max(seen.waits), dict(seen.errors)
+    print(f"{len(given)} visits, {twice=}, {lost=}, {errors=}, {slowest=:.2f}")
+    assert (twice, lost) == (0, 0)
+    assert keys or errors == {}
+    assert slowest < limit
+    assert sum(wait > 1 for wait in seen.waits) <= late
+    assert len(first & seen.replicas) == stay
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def images():
-    """Build the images, and remove everything at the end, also when it comes early."""
+    """Build the images, and remove everything at the end, even if it comes early."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -179,48 +177,47 @@ def images():
 
 @pytest.fixture(autouse=True)
 def stack(images, request):
-    """Start three replicas, and after a failure, show the last lines of the logs."""
-    failures = request.session.testsfailed
+    """Start three replicas; after a failure, show what was logged last, and start anew."""
+
+    def end(failures=request.session.testsfailed):
+        if request.session.testsfailed > failures:
+            print(sh("docker compose logs --tail 15; docker compose down -v"))
+
+    request.addfinalizer(end)
     up()
-    yield
-    if request.session.testsfailed > failures:
-        print(sh(LAST_LINES))
 
 
 # Promise 1: a visit counts exactly once.
-
-EVENTS = {  # what happens, how long a visit may then take, in seconds, and for how many
-    "redis is killed": (lambda: kill_9("redis"), 3),
-    "redis is frozen for 4 s": (lambda: away("redis", "pause", "unpause"), 7),
-    "redis is stopped for 4 s": (lambda: away("redis"), 8),
-    "redis is stopped, and 1000 visit": (lambda: away("redis"), 10, 1000),
-    "a replica is killed": (lambda: kill_9("web"), 1),
-    "it is scaled to 1 and back": (lambda: (up(web=1), up(web=3)), 1),
-    "new code comes for 3 replicas": (lambda: new_code(web=3), 4),
-    "new code comes for 1 replica": (lambda: (up(web=1), new_code(web=1)), 4),
-    "redis and replicas crash at random": (lambda: crash("redis", "web"), 9),
+EVENTS = {  # what happens, how long a visit may take, and other arguments of `visitors`
+    "redis is killed": (lambda: kill_9("redis"), 3, {}),
+    "redis is frozen for 4 s": (lambda: away("redis", *FREEZE), 7, {}),
+    "redis is stopped for 4 s": (lambda: away("redis"), 8, {}),
+    "redis is stopped, and 1000 visit": (lambda: away("redis"), 10, {"clients": 1000}),
+    "a replica is killed": (lambda: kill_9("web"), 1, {}),
+    # Only the visits that it has are late: of 32 clients, about a third.
+    "a replica is frozen": (lambda: away("web", *FREEZE, 6), 5, {"late": 16}),
+    "it is scaled to 1 and back": (lambda: (up(1), up(3)), 1, {"stay": 1}),
+    "it is scaled to 32": (lambda: up(32), 4, {"replicas": 32}),
+    "all get new code": (lambda: (sh(NEW_CODE), up()), 4, {"stay": 0}),
+    "one gets new code": (lambda: (up(1), sh(NEW_CODE), up(1), up()), 4, {"stay": 0}),
+    "redis and replicas crash at random": (lambda: crash("redis", "web"), 9, {}),
 }
 
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_nobody_is_harmed_when(event):
-    cause, limit, *clients = EVENTS[event]
-    with visitors(*clients) as seen:
+    cause, limit, others = EVENTS[event]
+    with visitors(limit, **others):
         cause()
-    assert seen.harm == {}
-    assert seen.slowest < limit
 
 
 # Promise 2: a number once given is on disk.
 def test_a_number_is_on_disk_before_it_is_given():
     # The thread that answers, and not one beside it, must be seen in fdatasync, which
     # is system call 75 on x86-64 and 83 on arm64. Only Linux shows it.
-    redis = containers("redis")[0]
-    ptrace = f"--user root --cap-add SYS_PTRACE --pid container:{redis}"
-    wait = "until grep -qE '^(75|83) ' /proc/1/syscall; do :; done"
-    with visitors() as seen:
-        sh(f'docker run --rm {ptrace} {WEB} timeout 30 sh -c "{wait}"')
-    assert seen.harm == {}
+    as_root = "docker compose exec -T --privileged --user root redis timeout 30"
+    with visitors():
+        sh(f"{as_root} sh -c \"until grep -E '^(75|83) ' /proc/1/syscall; do :; done\"")
 
 
 @pytest.mark.parametrize("service", ["redis", "proxy"])
@@ -229,8 +226,7 @@ def test_a_key_has_one_number_on_all_replicas_and_after_kill_9_of(service):
     kill_9(service)
     up()
     assert {*numbers, visit(service), visit() - 1} == {numbers[0]}
-    # Redis may check what it reads from its own file against its access list (redis
-    # issue 14545).
+    # Redis may check its own file against its access list (redis issue 14545).
     assert not re.search("CRITICAL|NOPERM", sh("docker compose logs redis"))
 
 
@@ -245,31 +241,25 @@ def test_down_and_up_keep_the_count_and_down_v_does_not():
 
 
 def test_a_flood_of_keys_makes_redis_forget_the_oldest_and_count_on():
-    small = f"{NAME}-small"
-    program = "import counter; print(counter.visits.count('a key'))"
-    count = f'docker run --rm --network container:{small} {WEB} python -c "{program}"'
-    flood = "redis-benchmark -n 50000 -r 1000000000 set visits:__rand_int__ 1 ex 60"
-    try:
-        sh(f"sed s/256mb/2mb/ redis.Dockerfile | docker build -q -t {small} -f - .")
-        sh(f"docker run -d --name {small} {small}")
-        wait_until(lambda: sh(f"docker exec {small} redis-cli ping || true") == "PONG")
-        assert sh(count) == "1"
-        sh(f"docker exec {small} {flood}")
-        assert sh(count) == "2"
-    finally:
-        sh(f"docker rm -fv {small}; docker rmi {small}")
+    before = visit()
+    redis = "docker compose exec -T redis"
+    # For longer than the flood, so that only a lack of memory can end it.
+    sh(f"{redis} redis-cli set visits:oldest 0 ex 500")
+    assert visit("oldest") == 0
+    flood = f"{redis} redis-benchmark -P 16 -n 400000 -r 1000000000"
+    sh(f"{flood} set visits:__rand_int__ {'x' * 1000} ex 600")
+    assert visit("oldest") == before + 1
+    sh("docker compose down -v")  # as Redis would read all this whenever it starts
 
 
 # Promise 3: a visitor with a key may ask again.
 def test_visitors_with_keys_are_counted_once_though_everything_crashes():
-    with visitors(keys=True) as seen:
+    with visitors(keys=True):
         crash("redis", "web", "proxy")
         up()
-    assert not seen.harm.keys() & {"twice", "lost"}
 
 
 # Promise 4: only GET / counts.
-
 UNFINISHED = "GET / HTTP/1.1\r\nHost: x\r\n"
 A_VISIT = f"{UNFINISHED}\r\n"
 NO_VISITS = {
@@ -291,9 +281,8 @@ NO_VISITS = {
 def test_what_is_no_visit_gets_one_line(head):
     before = visit()
     # What follows is five bytes of a body, or its last chunk, and then a visit.
-    answer = send(f"{head}\r\n\r\n0\r\n\r\n{A_VISIT}")
-    answer_head, _, text = answer.partition("\r\n\r\n")
-    assert f"{answer_head.split()[1]} {text.rstrip()}" == NO_VISITS[head]
+    start, _, text = send(f"{head}\r\n\r\n0\r\n\r\n{A_VISIT}").partition("\r\n\r\n")
+    assert f"{start.split()[1]} {text.rstrip()}" == NO_VISITS[head]
     assert visit() == before + 1
 
 
@@ -305,27 +294,22 @@ Content-Length: 5|Content-Length: 0|Content-Length: x|Transfer-Encoding: gzip|Tr
 Transfer-Encoding: chunked|Idempotency-Key: a|Idempotency-Key: \xff|Idempotency_Key: b
 Host: [x|Host : x| folded|no colon|Range: bytes=0-1|Cookie: x"""
 BODIES = ["", "", "hello", "5\r\nhello\r\n0\r\n\r\n", "zz\r\n", A_VISIT]
-OTHERS = [UNFINISHED] * 40 + ["PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
 
 
 def test_nothing_that_is_sent_harms_a_replica():
-    pick, headers = random.choice, re.split(r"[|\n]", HEADERS)
-
-    def hostile_request():
+    pick, requests = random.choice, []
+    for _ in range(1500):
         lines = [f"{pick(METHODS)} {pick(TARGETS)} {pick(VERSIONS)}", "Host: x"]
-        lines += [pick(headers) for _ in range(pick([0, 1, 1, 2, 3]))]
-        return "\r\n".join([*lines, "Connection: close", "", pick(BODIES)])
-
-    count_unfit = "docker compose logs proxy | grep -c 'is DOWN, reason' || true"
-    unfit = sh(count_unfit)
-    requests = [hostile_request() for _ in range(1500)] + OTHERS
-    with visitors(clients=4) as seen, ThreadPoolExecutor(40) as pool:
+        lines += random.sample(re.split(r"[|\n]", HEADERS), pick([0, 1, 1, 2, 3]))
+        requests.append("\r\n".join([*lines, "Connection: close", "", pick(BODIES)]))
+    requests += [UNFINISHED] * 40 + ["PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
+    unfit = sh("docker compose logs proxy").count("is DOWN, reason")
+    with visitors(limit=1, clients=4) as seen, ThreadPoolExecutor(40) as pool:
         answers = list(pool.map(send, requests))
         seen.numbers += {int(number) for number, _ in VISIT.findall("".join(answers))}
-    pairs = zip(requests, answers)
-    bad = [pair for pair in pairs if not re.match("HTTP/1.[01] [24]|$", pair[1])]
-    assert (bad, sh(count_unfit)) == ([], unfit)
-    assert (seen.harm, seen.slowest < 1) == ({}, True)
+    for request, answer in zip(requests, answers):
+        assert re.match("HTTP/1.[01] [24]|$", answer), request
+    assert sh("docker compose logs proxy").count("is DOWN, reason") == unfit
 
 
 # Promise 5: neither a change nor a crash is an outage.
@@ -334,28 +318,12 @@ def test_without_redis_visitors_wait_8_seconds_and_read_why():
     began = time.monotonic()
     head, text = send("GET / HTTP/1.0\r\n\r\n").split("\r\n\r\n")
     assert 7 < time.monotonic() - began < 11
-    assert head.startswith("HTTP/1.1 503")
-    assert "content-type: text/plain\r\n" in head and "retry-after: 1\r\n" in head
-    assert text == "No number for now. Please try again.\n"
+    assert (head[9:12], text) == ("503", "No number for now. Please try again.\n")
+    assert {"content-type: text/plain", "retry-after: 1"} < {*head.split("\r\n")}
     sh("docker compose up -d --wait redis")
     began = time.monotonic()
     visit()
     assert time.monotonic() - began < 2
-
-
-def test_a_frozen_replica_delays_only_the_visits_that_it_has():
-    with visitors() as seen:
-        away("web", "pause", "unpause", seconds=6)
-    assert seen.harm == {}
-    assert seen.slowest < 5
-    assert sum(wait > 1 for wait in seen.waits) <= 16  # of 32 clients, about a third
-
-
-def test_32_replicas_share_the_visits():
-    with visitors() as seen:
-        up(web=32)
-        wait_until(lambda: len(seen.replicas) == 32)
-    assert seen.harm == {}
 
 
 def test_stop_takes_5_seconds_at_most():
@@ -368,64 +336,57 @@ def test_stop_takes_5_seconds_at_most():
 
 
 # Promise 6: no more power than the job needs.
-
-REFUSED = {  # what a service may not do, and what it hears
+UNPRIVILEGED = r"Uid:\s[1-9].*CapBnd:\s0+\n.*NoNewPrivs:\s1\n"
+NO_WAY_OUT = r"^Iface(?!.*\n\w+\s00000000\s)"  # a route to everywhere is one to 0.0.0.0
+POWERS = {  # what a service tries, and what it reads
+    "proxy cat /proc/1/status": UNPRIVILEGED,
+    "web cat /proc/1/status": UNPRIVILEGED,
+    "redis cat /proc/1/status": UNPRIVILEGED,
     "proxy touch /tmp/file": "Read-only file system",
-    "proxy wget -T 3 http://redis:6379": "bad address",
     "web touch /tmp/file": "Read-only file system",
     "redis touch /tmp/file": "Read-only file system",
+    "proxy wget -T 3 http://redis:6379": "bad address",
+    "redis cat /proc/net/route": NO_WAY_OUT,
     "redis redis-cli flushall": "NOPERM",
     "redis redis-cli set visits 1": "NOPERM",
     "redis redis-cli incrby x 1": "NOPERM",
-    "redis redis-cli set x 1": "NOPERM",
     "redis redis-cli config get dir": "NOPERM",
 }
 
 
-@pytest.mark.parametrize("command", REFUSED)
-def test_a_service_may_not(command):
-    assert REFUSED[command] in sh(f"docker compose exec -T {command} 2>&1 || true")
+@pytest.mark.parametrize("attempt", POWERS)
+def test_no_service_has_more_power_than_it_needs(attempt):
+    read = sh(f"docker compose exec -T {attempt} 2>&1 || true")
+    assert re.search(POWERS[attempt], read, re.DOTALL)
 
 
-@pytest.mark.parametrize("service", ["proxy", "web", "redis"])
-def test_no_service_is_root_or_can_become_root(service):
-    status = sh(f"docker compose exec -T {service} cat /proc/1/status")
-    powers = r"Uid:\s[1-9].*CapBnd:\s0+\n.*NoNewPrivs:\s1\n"
-    assert re.search(powers, status, re.DOTALL)
-
-
-def test_the_proxy_alone_is_published_and_redis_has_no_way_out():
+def test_the_proxy_alone_is_published():
     ports = sh("docker compose ps --format '{{.Ports}}'")
     assert re.findall(r"\S+->\S+", ports) == [f"{HOST}:{PORT}->5000/tcp"]
-    routes = sh("docker compose exec -T redis cat /proc/net/route")
-    assert routes and not re.search(r"^\w+\s00000000\s", routes, re.MULTILINE)
 
 
 # The same file on a Swarm.
 def test_a_swarm_replaces_every_replica_and_harms_nobody(tmp_path):
-    # A kernel without IPVS has neither virtual addresses nor the port of all machines.
     trial = tmp_path / "trial.yml"
-    trial.write_text(f"""
+    # For a kernel without IPVS, which has no virtual addresses and no port of all machines.
+    trial.write_text("""
       services:
-        redis: {{deploy: {{endpoint_mode: dnsrr}}}}
+        redis: {deploy: {endpoint_mode: dnsrr}}
         proxy:
-          deploy: {{endpoint_mode: dnsrr}}
-          ports: [{{target: 5000, published: {PORT}, mode: host}}]
+          deploy: {endpoint_mode: dnsrr}
+          ports: [{target: 5000, published: $PORT, mode: host}]
     """)
-    list_tasks = f"docker ps -aq --filter name=^{NAME}_"
-    healthy_proxy = f"docker ps -q --filter name=^{NAME}_proxy --filter health=healthy"
+    tasks = f"docker ps -aq -f name=^{NAME}_"
     sh("docker compose down -v")
     sh("docker swarm init --advertise-addr 127.0.0.1")
     try:
-        deploy = "docker stack deploy -d=true --resolve-image=never"
+        deploy = "docker stack deploy --resolve-image=never"
         sh(f"{deploy} -c compose.yml -c {trial} {NAME}")
         sh(f"docker service scale {NAME}_web=3")
-        wait_until(lambda: sh(healthy_proxy))
-        with visitors() as seen:
+        wait_until(lambda: sh(f"{tasks}proxy -f health=healthy") != "")
+        with visitors(stay=0):
             sh(f"docker service update --force -d=false {NAME}_web")
-        assert seen.harm == {}
-        assert len(seen.replicas) >= 6
     finally:
         sh(f"docker stack rm {NAME}")
-        wait_until(lambda: not sh(list_tasks))
-        sh(f"docker volume rm {NAME}_visits; docker swarm leave --force")
+        wait_until(lambda: sh(tasks), "")
+        sh("docker swarm leave --force")
