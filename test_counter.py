@@ -1,4 +1,4 @@
-"""The counter's tests, with real servers and a real Redis, which some kill or freeze."""
+"""The counter's tests: real servers and a real Redis, which some tests kill or freeze."""
 
 import contextlib
 import functools
@@ -303,7 +303,7 @@ def test_visits_that_sigterm_interrupts_are_counted_once_elsewhere(serve, store)
         numbers = pool.map(lambda key: get_number(str(key), *ports), keys)
         wait_until(store.holds_a_command)
         ending.terminate()
-    assert ending.wait(20) == 0
+        assert ending.wait(20) == 0
     assert sorted(numbers) == list(range(1, 61))
     assert store.count() == 60
 
