@@ -47,7 +47,7 @@ class Visits:
     def __init__(self, url):
         self._redis = redis.Redis.from_url(
             url,
-            # With the second that compose.yml allows for its name, less than 3 s in all.
+            # Less than 3 s in all, with the 1 s that compose.yml allows to look up its name.
             socket_connect_timeout=0.25,
             socket_timeout=1,
             # The proxy tries again; a retry here would only make visits wait longer.
@@ -139,7 +139,7 @@ def app(environ, start_response):
             case _:
                 status, text = "405 Method Not Allowed", "Use GET or HEAD."
                 headers.append(("Allow", "GET, HEAD"))
-    except (redis.RedisError, ValueError):
+    except (redis.RedisError, ValueError):  # the count in Redis may be no number
         status, text = "503 Service Unavailable", "No number for now. Please try again."
         headers.append(("Retry-After", "1"))
     body = f"{text}\n".encode()
@@ -165,7 +165,7 @@ def main():
     waitress.serve(
         app,
         sockets=[listener],
-        threads=32,  # as many visits can share a command; more gain nothing
+        threads=32,  # up to 32 visits share a command; more threads gain nothing
         clear_untrusted_proxy_headers=False,  # nothing reads them; 3 % less CPU time
         send_bytes=18000,  # more than any answer, so that only the main loop sends
     )
