@@ -139,8 +139,8 @@ def visitors(limit=inf, late=inf, clients=32, keys=False, replicas=3, stay=3):
     seen.end = inf
     before = visit()
     with ThreadPoolExecutor(clients) as pool:
-        ends = pool.map(client, [seen] * clients, [keys] * clients)
         try:
+            ends = pool.map(client, [seen] * clients, [keys] * clients)
             wait_until(lambda: len(seen.replicas), 3)
             first, seen.replicas = seen.replicas, set()
             yield seen
