@@ -297,10 +297,10 @@ BODIES = ["", "", "hello", "5\r\nhello\r\n0\r\n\r\n", "zz\r\n", A_VISIT]
 
 
 def test_nothing_that_is_sent_harms_a_replica():
-    pick, requests = random.choice, []
+    pick, headers, requests = random.choice, re.split(r"[|\n]", HEADERS), []
     for _ in range(1500):
         lines = [f"{pick(METHODS)} {pick(TARGETS)} {pick(VERSIONS)}", "Host: x"]
-        lines += random.sample(re.split(r"[|\n]", HEADERS), pick([0, 1, 1, 2, 3]))
+        lines += random.choices(headers, k=pick([0, 1, 1, 2, 3]))
         requests.append("\r\n".join([*lines, "Connection: close", "", pick(BODIES)]))
     requests += [UNFINISHED] * 40 + ["PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
     unfit = sh("docker compose logs proxy").count("is DOWN, reason")
@@ -318,7 +318,8 @@ def test_without_redis_visitors_wait_8_seconds_and_read_why():
     began = time.monotonic()
     head, text = send("GET / HTTP/1.0\r\n\r\n").split("\r\n\r\n")
     assert 7 < time.monotonic() - began < 11
-    assert (head[9:12], text) == ("503", "No number for now. Please try again.\n")
+    assert head.startswith("HTTP/1.1 503 ")
+    assert text == "No number for now. Please try again.\n"
     assert {"content-type: text/plain", "retry-after: 1"} < {*head.split("\r\n")}
     sh("docker compose up -d --wait redis")
     began = time.monotonic()
@@ -350,6 +351,7 @@ POWERS = {  # what a service tries, and what it reads
     "redis redis-cli flushall": "NOPERM",
     "redis redis-cli set visits 1": "NOPERM",
     "redis redis-cli incrby x 1": "NOPERM",
+    "redis redis-cli set x 1": "NOPERM",
     "redis redis-cli config get dir": "NOPERM",
 }
 
