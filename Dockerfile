@@ -1,6 +1,8 @@
 # What the image of web and the image of the tests share.
 FROM python:3.14-slim AS base
 WORKDIR /app
+# Before the source, so that a change to the source does not install the packages again.
+COPY requirements.txt .
 
 # The tests: docker run --rm $(docker build -q --load --target test .)
 FROM base AS test
@@ -9,10 +11,8 @@ FROM base AS test
 RUN apt-get update \
  && apt-get install -y --no-install-recommends redis-server \
  && rm -rf /var/lib/apt/lists/*
-# Before the source, so that a change to the source does not install the packages again.
-COPY requirements.txt .
 RUN pip install --no-cache-dir --no-deps -r requirements.txt && pip check
-COPY --chmod=644 counter.py test_counter.py ./
+COPY --chown=1000:1000 counter.py test_counter.py ./
 USER 1000:1000
 # Without pytest's cache, since this user may not write here. A test that hangs ends the run.
 CMD ["pytest", "-p", "no:cacheprovider", \
@@ -21,9 +21,9 @@ CMD ["pytest", "-p", "no:cacheprovider", \
 # The counter. It is the last stage, so that a plain `docker build .` makes it.
 FROM base AS web
 # Only the two packages that it needs, in the versions that the tests ran with.
-RUN --mount=type=bind,source=requirements.txt,target=requirements.txt \
-    pip install --no-cache-dir --no-deps -c requirements.txt redis waitress && pip check
-COPY --chmod=644 counter.py .
+RUN pip install --no-cache-dir --no-deps -c requirements.txt redis waitress && pip check
+# Readable for the user below also where a clone is for its owner alone (umask 077).
+COPY --chown=1000:1000 counter.py .
 # By number, so that an orchestrator can tell that it is not root.
 USER 1000:1000
 EXPOSE 5000
