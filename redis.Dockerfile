@@ -1,15 +1,14 @@
 FROM redis:8-alpine
-# The official entry point would step down from root to this user, which needs capabilities.
-# By name, since the base image may change the number.
+# Not root. By name, since the base image may change the number.
 # hadolint ignore=DL3066
 USER redis
-# Without the official entry point, which would load four modules that nothing here uses.
+# The server alone: the base image's own entry point would load four modules that nothing here uses.
 ENTRYPOINT ["redis-server"]
 # In this order:
-# - Every write is on disk before its answer goes out, so snapshots (save) would add nothing.
+# - Every write is on the disk (fsync) before its answer goes out, so snapshots (save) would add nothing.
 # - When the memory is full, keys that expire are evicted: a flood shortens how long they are known.
 # - Other containers may connect without a password, because what follows --user says what they may do:
-#   ping for the health check; get, incrby and eval to count; set only for the number of a key.
+#   ping for the health check; get, incrby and eval to count; set for the keys of visits, and not for the count.
 #   Redis before 8.4.4 checks what it reads from its own file against this list too, hence select,
 #   multi and exec (redis issue 14545).
 CMD ["--appendonly", "yes", "--appendfsync", "always", "--save", "", \

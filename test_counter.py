@@ -270,12 +270,14 @@ def failures(pool, visits, keys):
 
 def test_visits_that_wait_together_share_a_failure(store, visits, caplog):
     keys = [str(n) for n in range(20)]
-    with ThreadPoolExecutor(20) as pool, store.frozen():
+    with ThreadPoolExecutor(21) as pool, store.frozen():
+        first = pool.submit(visits.count, "the first")
+        wait_until(lambda: visits._turn.locked() and visits._batch[0] == ["visits"])
         assert failures(pool, visits, keys) == {redis.TimeoutError}
-    # One command for the first visit, and one for all that came meanwhile.
+        assert type(first.exception()) is redis.TimeoutError
     wait_until(lambda: store.commands() == 2)
     assert len(caplog.records) == 2
-    assert sorted(map(visits.count, keys)) == list(range(1, 21))
+    assert sorted(map(visits.count, ["the first", *keys])) == list(range(1, 22))
 
 
 def test_an_error_of_the_program_reaches_every_visit(visits, monkeypatch):
