@@ -11,7 +11,8 @@ ENTRYPOINT ["redis-server"]
 #   ping for the health check; get, incrby and eval to count; set for the keys of visits, and not for the count.
 #   Redis before 8.4.4 checks what it reads from its own file against this list too, hence select,
 #   multi and exec (redis issue 14545).
-CMD ["--appendonly", "yes", "--appendfsync", "always", "--save", "", \
+CMD [ \
+    "--appendonly", "yes", "--appendfsync", "always", "--save", "", \
     "--maxmemory", "256mb", "--maxmemory-policy", "volatile-ttl", \
     "--protected-mode", "no", \
     "--user", "default", "on", "nopass", "~visits", "~{visits}:*", \
