@@ -7,7 +7,6 @@ COPY requirements.txt .
 # The tests: docker run --rm $(docker build -q --load --target test .)
 FROM base AS test
 # The tests start a Redis of their own, in the version that Debian has.
-# hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends redis-server \
  && rm -rf /var/lib/apt/lists/*
@@ -22,7 +21,7 @@ CMD ["pytest", "-p", "no:cacheprovider", \
 FROM base AS web
 # Only the two packages that it needs, in the versions that the tests ran with.
 RUN pip install --no-cache-dir --no-deps -c requirements.txt redis waitress && pip check
-# Readable for the user below also where a clone is for its owner alone (umask 077).
+# With --chown, so that the user below can read it even if only its owner could (umask 077).
 COPY --chown=1000:1000 counter.py .
 # By number, so that an orchestrator can tell that it is not root.
 USER 1000:1000

@@ -19,12 +19,13 @@ import redis
 import waitress
 
 log = logging.getLogger("counter")
-# For speed (1.3 times): lets threads that are about to bring a visit run. Not on Windows.
+# For speed (1.3 times): lets other threads add their visits to the batch. Not on Windows.
 give_way = getattr(os, "sched_yield", lambda: None)
 
-# A script in Lua, which Redis runs as a whole: no other visit and no crash can cut in. The
-# first of KEYS holds the count; each other one is a visit's, and holds its number. (Lists
-# begin at 1.) It fails whenever a visit could not be counted, also when it is given none.
+# A script in Lua, which Redis runs as a whole: no other visit and no crash can cut in.
+# KEYS[1] holds the count, and each other key one visit's number, for a minute after it was
+# last asked for. /ready runs it without a visit, and it must fail if one could not count:
+# `#!lua` sees to it where Redis is full or a read-only copy, the asserts where it forbids.
 COUNT = """#!lua
 assert(redis.acl_check_cmd('INCRBY', KEYS[1], 1), 'INCRBY is not allowed')
 assert(redis.acl_check_cmd('SET', '{' .. KEYS[1] .. '}:', 1), 'SET is not allowed')
@@ -47,7 +48,7 @@ class Counter:
         self._redis = redis.Redis.from_url(
             url,
             socket_connect_timeout=0.25,
-            socket_timeout=2.5,  # a disk that takes 1.2 s to sync is slow, and no failure
+            socket_timeout=2.5,  # two syncs, also of a slow disk that takes 1.2 s for one
             # By default, redis-py sends HELLO and CLIENT, which our Redis forbids.
             protocol=2,
             driver_info=None,
@@ -106,7 +107,7 @@ def create_app(counter):
                     status, text = 400, "The key is over 128 characters."
                 case "GET", "/":
                     status, text = 200, f"Visit {counter.count(key)}, served by {host}"
-                case "HEAD", "/":  # has the headers of the next visit
+                case "HEAD", "/":  # the headers that a GET would have
                     status, text = 200, f"Visit {counter.total() + 1}, served by {host}"
                 case "GET" | "HEAD", "/health":
                     status, text = 200, "serving"
@@ -130,7 +131,7 @@ def create_app(counter):
 
 
 def main():
-    """Serve until SIGTERM or Ctrl-C. A setting that cannot work ends it with one line."""
+    """Serve until SIGTERM or Ctrl-C; exit with one line if a setting cannot work."""
     logging.basicConfig(format="%(name)s: %(message)s")
     # Waitress would warn of each request that waits for a thread (waitress issue 309).
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
@@ -138,20 +139,20 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         counter = Counter(os.environ.get("REDIS_URL", "redis://localhost:6379"))
-    except Exception:  # which is not shown, as it may quote a password
+    except Exception:  # not shown, since it may quote a password
         sys.exit("counter: REDIS_URL must be like redis://localhost:6379")
     port = os.environ.get("PORT", "5000")
     try:
         listener = socket.create_server(("", int(port)))
     except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"counter: PORT cannot be {port!r}: {error}")
-    # For speed (1.8 times): one thread runs at a time, so they hand over best on one core.
+    # For speed (1.8 times): Python runs one thread at a time, so one core is enough.
     if hasattr(os, "sched_setaffinity"):  # only on Linux
         os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
     print(f"counter: serving on port {listener.getsockname()[1]}", flush=True)
     app = create_app(counter)
-    # For speed: 32 threads (16 and 64: 0.8 and 0.9 of it); and send_bytes, deprecated but
-    # heeded by Waitress 3.0.2, above any answer's size, so that one thread sends (1.8 times).
+    # For speed: 32 threads (16 have 0.8 of it, 64 have 0.9). Of send_bytes, the default lets
+    # threads compete for sockets (0.6). It is deprecated, and Waitress 3.0.2 still heeds it.
     waitress.serve(app, sockets=[listener], threads=32, send_bytes=18000)
 
 

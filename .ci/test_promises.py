@@ -311,10 +311,10 @@ NO_VISITS = {
     f"{UNFINISHED}Content-Length: 5": "413 A visit has no body.",
     f"{UNFINISHED}Content-Length: 4294967296": "413 A visit has no body.",
     f"{UNFINISHED}Transfer-Encoding: chunked": "413 A visit has no body.",
-    "GET / HTTP/1.0\r\nSec-Purpose: prefetch": "403 A look ahead is not counted.",
-    "GET / HTTP/1.0\r\nPurpose: prefetch": "403 A look ahead is not counted.",
-    "GET / HTTP/1.0\r\nX-Moz: prefetch": "403 A look ahead is not counted.",
-    "GET / HTTP/1.0\r\nX-Purpose: preview": "403 A look ahead is not counted.",
+    "GET / HTTP/1.0\r\nSec-Purpose: prefetch": "403 A prefetch is not counted.",
+    "GET / HTTP/1.0\r\nPurpose: prefetch": "403 A prefetch is not counted.",
+    "GET / HTTP/1.0\r\nX-Moz: prefetch": "403 A prefetch is not counted.",
+    "GET / HTTP/1.0\r\nX-Purpose: preview": "403 A prefetch is not counted.",
 }
 
 
