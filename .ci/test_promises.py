@@ -441,7 +441,8 @@ SURROUNDINGS = {  # what is unusual, and how a copy of the project gets there
     "umask 077": "chmod -R go= .",
     "buildkit switched off": "export DOCKER_BUILDKIT=0",
     "the line ends of windows": "rm -rf .git && git init -q && git add -A"
-    " && git -c core.autocrlf=true checkout-index -qfa && ! grep -rlIP '\\r$' .",
+    " && git ls-files | xargs rm && git -c core.autocrlf=true checkout-index -qa"
+    r" && ! grep -rlIP '\r$' .",
 }
 
 
