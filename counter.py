@@ -25,7 +25,7 @@ give_way = getattr(os, "sched_yield", lambda: None)
 # A script in Lua, which Redis runs as a whole: no other visit and no crash can cut in.
 # KEYS[1] holds the count, and each other key one visit's number, for a minute after it was
 # last asked for. /ready runs it without a visit, and it must fail if one could not count:
-# `#!lua` sees to it where Redis is full or a read-only copy, the asserts where it forbids.
+# `#!lua` makes it fail if Redis is full or a read-only copy, the asserts if it forbids.
 COUNT = """#!lua
 assert(redis.acl_check_cmd('INCRBY', KEYS[1], 1), 'INCRBY is not allowed')
 assert(redis.acl_check_cmd('SET', '{' .. KEYS[1] .. '}:', 1), 'SET is not allowed')
@@ -47,8 +47,8 @@ class Counter:
     def __init__(self, url):
         self._redis = redis.Redis.from_url(
             url,
-            socket_connect_timeout=0.25,
-            socket_timeout=2.5,  # two syncs, also of a slow disk that takes 1.2 s for one
+            socket_connect_timeout=0.25,  # and from_url does not retry: the proxy does
+            socket_timeout=2.5,  # a slow disk syncs for 1.2 s: first for others, then for us
             # By default, redis-py sends HELLO and CLIENT, which our Redis forbids.
             protocol=2,
             driver_info=None,
@@ -151,8 +151,8 @@ def main():
         os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
     print(f"counter: serving on port {listener.getsockname()[1]}", flush=True)
     app = create_app(counter)
-    # For speed: 32 threads (16 have 0.8 of it, 64 have 0.9). Of send_bytes, the default lets
-    # threads compete for sockets (0.6). It is deprecated, and Waitress 3.0.2 still heeds it.
+    # For speed: 32 threads (16 have 0.8 of it, 64 have 0.9). One thread sends all answers
+    # below send_bytes, deprecated but heeded in Waitress 3.0.2; else all compete (0.6).
     waitress.serve(app, sockets=[listener], threads=32, send_bytes=18000)
 
 
