@@ -25,7 +25,7 @@ give_way = getattr(os, "sched_yield", lambda: None)
 # A script in Lua, which Redis runs as a whole: no other visit and no crash can cut in.
 # KEYS[1] holds the count, and each other key one visit's number, for a minute after it was
 # last asked for. /ready runs it without a visit, and it must fail if one could not count:
-# `#!lua` makes it fail if Redis is full or a read-only copy, the asserts if access is denied.
+# `#!lua` makes it fail if Redis is full or a read-only copy, the asserts if forbidden.
 COUNT = """#!lua
 assert(redis.acl_check_cmd('INCRBY', KEYS[1], 1), 'INCRBY is not allowed')
 assert(redis.acl_check_cmd('SET', '{' .. KEYS[1] .. '}:', 1), 'SET is not allowed')
@@ -48,7 +48,7 @@ class Counter:
         self._redis = redis.Redis.from_url(
             url,
             socket_connect_timeout=0.25,  # and from_url does not retry: the proxy does
-            socket_timeout=2.5,  # a slow disk syncs for 1.2 s: first for others, then for us
+            socket_timeout=2.5,  # a slow disk syncs for 1.2 s: for others, then for us
             # By default, redis-py sends HELLO and CLIENT, which our Redis forbids.
             protocol=2,
             driver_info=None,
