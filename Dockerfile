@@ -1,7 +1,8 @@
 # What the image of web and the image of the tests share.
 FROM python:3.14-slim AS base
 WORKDIR /app
-# Before the source, so that a change to the source does not install the packages again.
+# Before the source, so that a change to the source does not install the packages again. Below, --no-deps installs
+# nothing that is not listed, and pip check makes sure that nothing is missing.
 COPY requirements.txt .
 
 # The tests: docker run --rm $(docker build -q --load --target test .)

@@ -5,11 +5,13 @@ USER redis
 ENTRYPOINT ["redis-server"]
 # In this order:
 # - Every write is on the disk (fsync) before its answer goes out, so snapshots (save) would add nothing.
-# - When the memory is full, keys that expire are evicted: in a flood, they are forgotten sooner.
-# - Other containers may connect without a password, because what follows --user says what they may do:
-#   ping for the health check; get, incrby and eval to count; set for the keys of visits, and not for the count.
-#   Redis before 8.4.4 checks its own file against this list, too (redis issue 14545). It begins with a
-#   select, and a script's writes stand between multi and exec, so that they are read all or not at all.
+# - When the memory is full, the keys that expire soonest are evicted: in a flood, visits are forgotten sooner. The
+#   count never expires.
+# - Other containers may connect without a password, but do only what follows --user. There, ~ is before keys that
+#   they may touch, + before commands that they may give, and ( ) around a command with keys of its own.
+#   ping is for the health check; get, incrby and eval count; set is for the keys of visits, and not for the count.
+#   select, multi and exec are for Redis before 8.4.4, which checks its own file against this list, too (redis issue
+#   14545). The file begins with a select; multi and exec enclose a script's writes, to be read all or not at all.
 CMD [ \
     "--appendonly", "yes", "--appendfsync", "always", "--save", "", \
     "--maxmemory", "256mb", "--maxmemory-policy", "volatile-ttl", \
