@@ -19,14 +19,14 @@ import redis
 import waitress
 
 log = logging.getLogger("counter")
-# For speed (1.3 times): lets other threads add their visits to the batch. Not on Windows.
+# For speed (1.3 times): lets other threads run, and add their visits. (Not on Windows.)
 give_way = getattr(os, "sched_yield", lambda: None)
 
 # A script in Lua, which Redis runs as a whole: no other visit and no crash can cut in.
 # KEYS[1] holds the count, and every other key a visit's number, for a minute after its last
 # use. /ready runs the script without a visit, and it must fail if one could not be counted:
-# `#!lua` makes Redis refuse it when full or a read-only copy, and the asserts fail if the
-# access list forbids what a visit needs.
+# `#!lua` makes Redis refuse it if out of memory or a read-only copy, and the asserts fail
+# if the access list forbids what a visit needs.
 COUNT = """#!lua
 assert(redis.acl_check_cmd('INCRBY', KEYS[1], 1), 'INCRBY is not allowed')
 assert(redis.acl_check_cmd('SET', '{' .. KEYS[1] .. '}:', 1), 'SET is not allowed')
@@ -50,7 +50,7 @@ class Counter:
             url,
             retry=None,  # since the proxy retries
             socket_connect_timeout=0.25,
-            socket_timeout=2.5,  # a slow disk syncs for other visits, and then for ours
+            socket_timeout=2.5,  # two syncs of a slow disk: the one under way, and ours
             protocol=2,  # without HELLO, which our Redis forbids
             driver_info=None,  # without CLIENT, which it forbids, too
         )
@@ -67,7 +67,7 @@ class Counter:
         with self._batch_lock:
             keys, reply = self._batch
             place = len(keys)
-            keys.append(f"{{visits}}:{key}")  # {visits}:…, beside `visits` in a cluster
+            keys.append(f"{{visits}}:{key}")  # {visits}: all on one node of a cluster
         if place == 1:  # the first visit of a batch counts all of it
             with self._turn:  # waits until the batch before is counted
                 give_way()
@@ -151,8 +151,8 @@ def main():
     if hasattr(os, "sched_setaffinity"):  # only on Linux
         os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
     print(f"counter: serving on port {server.getsockname()[1]}", flush=True)
-    # For speed: 16 threads are 0.8 times as fast, and 64 are 0.9 times. Under send_bytes (once
-    # the default, now deprecated), one thread sends all answers; else all compete: 0.6 times.
+    # For speed: 16 threads are 0.8 times as fast, and 64 are 0.9 times. One thread sends the
+    # answers shorter than send_bytes (deprecated). Without it, all compete: 0.6 times.
     waitress.serve(create_app(counter), sockets=[server], threads=32, send_bytes=18000)
 
 

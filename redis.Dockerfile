@@ -10,8 +10,8 @@ ENTRYPOINT ["redis-server"]
 # - Other containers may connect without a password, but do only what follows --user. There, ~ is before keys that
 #   they may touch, + before commands that they may give, and ( ) around a command with keys of its own.
 #   ping is for the health check; get, incrby and eval count; set is for the keys of visits, and not for the count.
-#   select, multi and exec are for Redis before 8.4.4, which checks its own file against this list, too (redis issue
-#   14545). The file begins with a select; multi and exec enclose a script's writes, to be read all or not at all.
+#   select, multi and exec: Redis before 8.4.4 (in an older image) checks its own file against this list, too (redis
+#   issue 14545). It begins with a select; multi and exec enclose a script's writes, to be read all or not at all.
 CMD [ \
     "--appendonly", "yes", "--appendfsync", "always", "--save", "", \
     "--maxmemory", "256mb", "--maxmemory-policy", "volatile-ttl", \
