@@ -64,8 +64,8 @@ def kill_9(service):
     count = len(containers(service))
 
     def read_pids():
-        ids = " ".join(containers(service))
-        return sh(f"docker inspect -f '{{{{.State.Pid}}}}' {ids} || true").split()
+        read = "xargs -r docker inspect -f '{{.State.Pid}}'"
+        return sh(f"echo {' '.join(containers(service))} | {read} || true").split()
 
     def are_back(killed):
         pids = read_pids()
