@@ -3,18 +3,15 @@ FROM redis:8-alpine
 USER redis
 # The server alone: the base image's own entry point would load four modules that nothing here uses.
 ENTRYPOINT ["redis-server"]
-# In this order:
-# - Every write is on the disk (fsync) before its answer goes out, so snapshots (save) would add nothing.
-# - When the memory is full, the keys that expire soonest are evicted: in a flood, visits are forgotten sooner. The
-#   count never expires.
-# - Other containers may connect without a password, but do only what follows --user. There, ~ is before keys that
-#   they may touch, + before commands that they may give, and ( ) around a command with keys of its own.
-#   ping is for the health check; get, incrby and eval count; set is for the keys of visits, and not for the count.
-#   select, multi and exec: Redis before 8.4.4 (in an older image) checks its own file against this list, too (redis
-#   issue 14545). It begins with a select; multi and exec enclose a script's writes, to be read all or not at all.
 CMD [ \
+# Every write is on the disk (fsync) before its answer goes out, so snapshots (save) would add nothing.
     "--appendonly", "yes", "--appendfsync", "always", "--save", "", \
+# When the memory is full, the keys that expire soonest are evicted: visits are forgotten sooner, but never the count.
     "--maxmemory", "256mb", "--maxmemory-policy", "volatile-ttl", \
-    "--protected-mode", "no", \
-    "--user", "default", "on", "nopass", "~visits", "~{visits}:*", \
-        "+ping", "+get", "+incrby", "+eval", "+select", "+multi", "+exec", "(+set ~{visits}:*)"]
+# Other containers may connect without a password, and use nothing but two kinds of keys (~) and these commands (+):
+    "--protected-mode", "no", "--user", "default", "on", "nopass", "~visits", "~{visits}:*", \
+# ping for the health check; get, incrby and eval to count; set for the keys of visits alone ( ), and not for the count.
+        "+ping", "+get", "+incrby", "+eval", "(+set ~{visits}:*)", \
+# Redis before 8.4.4 checks what it reads from its own file, too (redis issue 14545): multi and exec enclose a script's
+# writes, to be read all or not at all, with a select before the first, and a del of a key that a script found expired.
+        "+multi", "+exec", "+select", "(+del ~{visits}:*)"]
