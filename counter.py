@@ -50,7 +50,7 @@ class Counter:
             url,
             retry=None,  # since the proxy retries
             socket_connect_timeout=0.25,
-            socket_timeout=2.5,  # two syncs of a slow disk: the one under way, and ours
+            socket_timeout=2.5,  # a slow disk first ends the sync under way
             protocol=2,  # without HELLO, which our Redis forbids
             driver_info=None,  # without CLIENT, which it forbids, too
         )
@@ -67,7 +67,7 @@ class Counter:
         with self._batch_lock:
             keys, reply = self._batch
             place = len(keys)
-            keys.append(f"{{visits}}:{key}")  # {visits}: all on one node of a cluster
+            keys.append(f"{{visits}}:{key}")  # {}: one node, if Redis is a cluster
         if place == 1:  # the first visit of a batch counts all of it
             with self._turn:  # waits until the batch before is counted
                 give_way()
@@ -152,7 +152,7 @@ def main():
         os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
     print(f"counter: serving on port {server.getsockname()[1]}", flush=True)
     # For speed: 16 threads are 0.8 times as fast, and 64 are 0.9 times. With send_bytes (18000
-    # was the default until it was deprecated), one thread sends; otherwise, all compete: 0.6.
+    # is its old default), one thread sends; with today's, all do, and hinder each other: 0.6.
     waitress.serve(create_app(counter), sockets=[server], threads=32, send_bytes=18000)
 
 
