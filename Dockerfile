@@ -24,6 +24,6 @@ FROM base AS web
 RUN pip install --no-cache-dir --no-deps -c requirements.txt redis waitress && pip check
 # With --chown, so that the user below can read it even if only its owner could (umask 077).
 COPY --chown=1000:1000 counter.py .
-# Not root. Any number will do, since nothing is written.
+# Not root. Any number will do, if --chown has the same.
 USER 1000:1000
 CMD ["python", "counter.py"]

@@ -25,8 +25,8 @@ give_way = getattr(os, "sched_yield", lambda: None)
 # A script in Lua, which Redis runs as a whole: no other visit and no crash can cut in.
 # KEYS[1] holds the count, and every other key a visit's number, for a minute after its last
 # use. /ready runs the script without a visit, and it must fail if one could not be counted:
-# `#!lua` makes Redis refuse it if out of memory or a read-only copy, and the asserts fail
-# if the access list forbids what a visit needs.
+# `#!lua` makes Redis refuse it if out of memory or a read-only replica, and the asserts
+# fail if the access list forbids what a visit needs.
 COUNT = """#!lua
 assert(redis.acl_check_cmd('INCRBY', KEYS[1], 1), 'INCRBY is not allowed')
 assert(redis.acl_check_cmd('SET', '{' .. KEYS[1] .. '}:', 1), 'SET is not allowed')
