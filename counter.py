@@ -50,7 +50,7 @@ class Counter:
             url,
             retry=None,  # since the proxy retries
             socket_connect_timeout=0.25,
-            socket_timeout=2.5,  # a slow disk first ends the sync under way
+            socket_timeout=2.5,  # a slow disk syncs for 1.2 s: first for others, then for us
             protocol=2,  # without HELLO, which our Redis forbids
             driver_info=None,  # without CLIENT, which it forbids, too
         )

@@ -8,12 +8,12 @@ CMD [ \
     "--appendonly", "yes", "--appendfsync", "always", "--save", "", \
 # When the memory is full, the keys that expire soonest are evicted: visits are forgotten sooner, but never the count.
     "--maxmemory", "256mb", "--maxmemory-policy", "volatile-ttl", \
-# Other containers connect without a password, as the user default, who may use nothing but two kinds of keys (~) and
-# these commands (+): ping for the health check; get, incrby and eval to count; set for the keys of visits alone, which
-# the parentheses tie to it, and not for the count.
+# Without protected mode, other containers need no password. They connect as the user default, who may use nothing but
+# two kinds of keys (~) and these commands (+): ping for the health check; get, incrby and eval to count; set for the
+# keys of visits alone, which the parentheses tie to it, and not for the count.
     "--protected-mode", "no", "--user", "default", "on", "nopass", "~visits", "~{visits}:*", \
         "+ping", "+get", "+incrby", "+eval", "(+set ~{visits}:*)", \
-# For Redis before 8.4.4, in an older image, which checks its own file against this list, too (redis issue 14545): multi
-# and exec enclose a script's writes, so that all or none are read; select comes before the first write, and del with a
-# key that a script found expired.
+# Only Redis before 8.4.4, in an older image, needs these, as it checks its own file against this list, too (redis issue
+# 14545). There, multi and exec enclose a script's writes, so that all or none are read; select comes before the first
+# write, and del with a key that a script found expired.
         "+multi", "+exec", "+select", "(+del ~{visits}:*)"]
