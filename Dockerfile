@@ -1,8 +1,7 @@
 # What the image of web and the image of the tests share.
 FROM python:3.14-slim AS base
 WORKDIR /app
-# Before the source, so that a change to the source does not install the packages again. Below, --no-deps installs
-# nothing that is not listed, and pip check makes sure that nothing is missing.
+# Before the source, so that a change to the source does not install the packages again.
 COPY requirements.txt .
 
 # The tests: docker run --rm $(docker build -q --load --target test .)
@@ -11,6 +10,7 @@ FROM base AS test
 RUN apt-get update \
  && apt-get install -y --no-install-recommends redis-server \
  && rm -rf /var/lib/apt/lists/*
+# --no-deps installs nothing that is not listed, and pip check makes sure that nothing is missing.
 RUN pip install --no-cache-dir --no-deps -r requirements.txt && pip check
 COPY --chown=1000:1000 counter.py test_counter.py ./
 USER 1000:1000
