@@ -56,7 +56,7 @@ class Counter:
         )
         # Does not connect yet, but raises an error if an option in the URL is wrong.
         self._redis.connection_pool.make_connection()
-        self._batch = ["visits"], Future()  # the script's KEYS and reply, from 0
+        self._batch = ["visits"], Future()  # the script's KEYS, and its reply
         self._batch_lock = threading.Lock()
         self._turn = threading.Lock()  # held by the visit that counts a batch
 
