@@ -4,7 +4,8 @@ USER redis
 # The server alone: the base image's own entry point would load four modules that nothing here uses.
 ENTRYPOINT ["redis-server"]
 CMD [ \
-# Every write is on the disk (fsync) before its answer goes out, so snapshots (save) would add nothing.
+# Every write is on the disk (fsync) before its answer goes out, and those of a script are there together or not at
+# all, so snapshots (save) would add nothing.
     "--appendonly", "yes", "--appendfsync", "always", "--save", "", \
 # When the memory is full, the keys that expire soonest are evicted: visits are forgotten sooner, but never the count.
     "--maxmemory", "256mb", "--maxmemory-policy", "volatile-ttl", \
@@ -13,7 +14,6 @@ CMD [ \
 # keys of visits alone, which the parentheses tie to it, and not for the count.
     "--protected-mode", "no", "--user", "default", "on", "nopass", "~visits", "~{visits}:*", \
         "+ping", "+get", "+incrby", "+eval", "(+set ~{visits}:*)", \
-# Only Redis before 8.4.4, in an older image, needs these, as it checks its own file against this list, too (redis issue
-# 14545). There, multi and exec enclose a script's writes, so that all or none are read; select comes before the first
-# write, and del with a key that a script found expired.
-        "+multi", "+exec", "+select", "(+del ~{visits}:*)"]
+# Only Redis before 8.4.4, in an older image, needs these: it checks what scripts wrote to its file against this list,
+# too (redis issue 14541). There, a select comes before the first write, and a del removes a key found expired.
+        "+select", "(+del ~{visits}:*)"]

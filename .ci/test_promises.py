@@ -273,7 +273,7 @@ def test_redis_may_do_again_all_that_is_in_its_file():
         assert visit(key) > 0
     kill_9("redis")
     up()
-    # Redis may check its own file against its access list (redis issue 14545).
+    # Redis may check its own file against its access list (redis issue 14541).
     assert not re.search("CRITICAL|NOPERM", sh("docker compose logs redis"))
 
 
