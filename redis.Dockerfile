@@ -1,12 +1,12 @@
 FROM redis:8-alpine
 # Not root, but the user to whom /data belongs in the base image.
 USER redis
-# The server alone: the base image's own entry point would load four modules that nothing here uses.
+# The server alone, with the options of CMD: the base image's own entry point would load four modules besides.
 ENTRYPOINT ["redis-server"]
 CMD [ \
-# Every write is on the disk (fsync) before its answer goes out, and those of a script are there together or not at
-# all, so snapshots (save) would add nothing.
-    "--appendonly", "yes", "--appendfsync", "always", "--save", "", \
+# Every write is in the append-only file, and on the disk (fsync), before its answer goes out. Those of a script are
+# there together or not at all, so snapshots (save) would add nothing. Only what goes wrong is logged.
+    "--appendonly", "yes", "--appendfsync", "always", "--save", "", "--loglevel", "warning", \
 # When the memory is full, the keys that expire soonest are evicted: visits are forgotten sooner, but never the count.
     "--maxmemory", "256mb", "--maxmemory-policy", "volatile-ttl", \
 # Without protected mode, other containers need no password. They connect as the user default, who may use nothing but
