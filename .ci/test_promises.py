@@ -27,6 +27,12 @@ from types import SimpleNamespace
 
 import pytest
 
+
+def sh(command):
+    """Run a command in a shell, and return what it prints."""
+    return subprocess.check_output(command, shell=True, text=True, timeout=300).strip()
+
+
 # A project, images and a port of its own, so that a stack in use is left alone.
 NAME = f"counter-ci-{os.getpid()}"
 with socket.create_server(("127.0.0.1", 0)) as free:
@@ -35,17 +41,14 @@ os.environ |= {"COMPOSE_PROJECT_NAME": NAME, "REGISTRY": NAME}
 os.environ |= {"BIND": HOST, "PORT": str(PORT), "COMPOSE_PROGRESS": "quiet"}
 WEB = f"{NAME}/{NAME}-web:1"
 SEED = os.environ.get("SEED", os.getpid())
+# To leave a Swarm makes the engine forget the names in every network (moby issue 45144).
+BUSY = sh("docker ps -q; docker info -f '{{.Swarm.LocalNodeState}}'") != "inactive"
 FREEZE = "pause", "unpause"
 FAULTS = [FREEZE, ("kill", "start"), ("restart", "start")]
 VISIT = re.compile(r"Visit (\d+), served by (\w+)\n")
 # 3000 clients need more open files than most shells allow.
 _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (min(limit, 8192), limit))
-
-
-def sh(command):
-    """Run a command in a shell, and return what it prints."""
-    return subprocess.check_output(command, shell=True, text=True, timeout=300).strip()
 
 
 def wait_until(read, wanted=True):
@@ -378,7 +381,9 @@ def test_nothing_that_is_sent_harms_a_replica():
         answers = list(pool.map(send, requests))
         seen.others += {int(number) for number, _ in VISIT.findall("".join(answers))}
     for request, answer in zip(requests, answers):
-        assert re.match("HTTP/1.[01] [24]|$", answer), request
+        # When a connection is closed before a body was read, the answer may get lost.
+        wanted = "HTTP/1.[01] [24]|$" if "Length: 5" in request else "HTTP/1.[01] [24]"
+        assert re.match(wanted, answer), request
     assert sh(count_unfit) == unfit
 
 
@@ -545,28 +550,32 @@ def test_two_copies_run_side_by_side(tmp_path):
 
 
 # The same file on a Swarm.
-def test_a_swarm_replaces_every_replica_and_harms_nobody(tmp_path):
-    trial = tmp_path / "trial.yml"
-    # For a kernel without IPVS, which has no virtual addresses and no port of all machines.
-    trial.write_text("""
-      services:
-        redis: {deploy: {endpoint_mode: dnsrr}}
-        proxy:
-          deploy: {endpoint_mode: dnsrr}
-          ports: [{target: 5000, published: $PORT, mode: host}]
-    """)
-    tasks = f"docker ps -aq -f name=^{NAME}_"
-    sh("docker compose down -v")
-    sh("docker swarm init --advertise-addr 127.0.0.1")
-    try:
-        deploy = "docker stack deploy --resolve-image=never"
-        sh(f"{deploy} -c compose.yml -c {trial} {NAME}")
-        sh(f"docker service scale {NAME}_web=3")
-        wait_until(lambda: sh(f"{tasks}proxy -f health=healthy") != "")
-        with visitors(stay=0):
-            sh(f"docker kill {containers('redis')[0]}")
-            sh(f"docker service update --force -d=false {NAME}_web")
-    finally:
-        sh(f"docker stack rm {NAME}")
-        wait_until(lambda: sh(tasks), "")
-        sh("docker swarm leave --force")
+if BUSY:
+    print("Left out, as it could harm what else runs in Docker: the check on a Swarm.")
+else:
+
+    def test_a_swarm_replaces_every_replica_and_harms_nobody(tmp_path):
+        trial = tmp_path / "trial.yml"
+        # For a kernel without IPVS, which has no virtual addresses and no port of all machines.
+        trial.write_text("""
+          services:
+            redis: {deploy: {endpoint_mode: dnsrr}}
+            proxy:
+              deploy: {endpoint_mode: dnsrr}
+              ports: [{target: 5000, published: $PORT, mode: host}]
+        """)
+        tasks = f"docker ps -aq -f name=^{NAME}_"
+        sh("docker compose down -v")
+        sh("docker swarm init --advertise-addr 127.0.0.1")
+        try:
+            deploy = "docker stack deploy --resolve-image=never"
+            sh(f"{deploy} -c compose.yml -c {trial} {NAME}")
+            sh(f"docker service scale {NAME}_web=3")
+            wait_until(lambda: sh(f"{tasks}proxy -f health=healthy") != "")
+            with visitors(stay=0):
+                sh(f"docker kill {containers('redis')[0]}")
+                sh(f"docker service update --force -d=false {NAME}_web")
+        finally:
+            sh(f"docker stack rm {NAME}")
+            wait_until(lambda: sh(tasks), "")
+            sh("docker swarm leave --force")
