@@ -4,7 +4,7 @@ WORKDIR /app
 # Before the source, so that a change to the source does not install the packages again.
 COPY requirements.txt .
 
-# The tests: docker run --rm $(docker build -q --load --target test .)
+# The tests: docker build --load -t counter-test --target test . && docker run --rm counter-test
 FROM base AS test
 # The tests start a Redis of their own, in the version that Debian has.
 RUN apt-get update \
@@ -24,6 +24,6 @@ FROM base AS web
 RUN pip install --no-cache-dir --no-deps -c requirements.txt redis waitress && pip check
 # With --chown, so that the user below can read it even if only its owner could (umask 077).
 COPY --chown=1000:1000 counter.py .
-# Not root. Any number will do, if --chown has the same.
+# Not root. Any number will do, if --chown has it, too.
 USER 1000:1000
 CMD ["python", "counter.py"]

@@ -23,7 +23,7 @@ import counter
 if not shutil.which("redis-server"):
     pytest.exit("no redis-server on the PATH: the tests start their own", returncode=1)
 
-# The servers started here must not ignore Ctrl-C, as what a shell starts with & does.
+# The servers started here must not ignore Ctrl-C, as background jobs of a shell do.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 TIME_OUT = 3.5  # seconds: more than a visit waits for Redis and for its 503
 
@@ -62,7 +62,7 @@ class RedisServer:
         self.process.send_signal(signal.SIGCONT)
 
     def start_slowly(self):
-        """Start it anew with a file of 99 keys, of which it loads ten a second."""
+        """Start it again with a file of 99 keys, of which it loads ten a second."""
         for n in range(99):
             self.client.set(n, os.urandom(2000))
         self.client.save()
@@ -248,8 +248,8 @@ def test_visits_that_come_together_share_commands_and_take_turns(visits, store):
         list(pool.map(visit_again_and_again, range(32)))
     assert store.count() == len(overtaken) == 32 * 200
     assert store.commands() < len(overtaken) / 4
-    # Hardly anybody comes first twice, and of a hundred visits, 99 are overtaken by each
-    # other visitor a few times at most. (The last one may be a thread that had no core.)
+    # A visitor rarely gets two numbers in a row, and of a hundred visits, 99 are overtaken by
+    # each other visitor a few times at most. (The last may be a thread that had no core.)
     assert overtaken.count(0) < 0.1 * len(overtaken)
     assert sorted(overtaken)[-len(overtaken) // 100] < 10 * 32
 
@@ -262,7 +262,7 @@ def test_visits_that_come_together_with_one_key_get_one_number(visits, store):
 
 
 def failures(visits, keys):
-    """Return the kinds of the errors that visits get which come together."""
+    """Return the kinds of the errors of visits that come together."""
     with ThreadPoolExecutor(20) as pool:
         futures = [pool.submit(visits.number, key) for key in keys]
         return {type(future.exception()) for future in futures}
@@ -282,7 +282,7 @@ def test_visits_that_come_together_share_a_failure(visits, store, caplog):
 @pytest.mark.parametrize(
     ("script", "error"), [("return {}", IndexError), (None, redis.DataError)]
 )
-def test_a_mistake_in_the_program_reaches_every_visit(
+def test_no_visit_waits_for_ever_after_a_mistake_in_the_program(
     visits, monkeypatch, script, error
 ):
     with monkeypatch.context() as patch:
@@ -307,7 +307,7 @@ def test_a_mistake_in_the_program_reaches_every_visit(
         (RedisServer.start_slowly, "loading", 503),
     ],
 )
-def test_why_there_is_no_number_is_logged_once(app, store, caplog, fault, reason, head):
+def test_the_reason_for_a_503_is_logged_once(app, store, caplog, fault, reason, head):
     if callable(fault):
         fault(store)
     else:
@@ -335,7 +335,7 @@ def test_it_counts_again_as_soon_as_redis_does(app, store):
     assert visit(app) == 1  # as this Redis keeps nothing
 
 
-def test_a_slow_disk_is_no_failure(app, store):
+def test_a_redis_that_takes_two_seconds_is_waited_for(app, store):
     # A command may wait for two syncs: one for the visits before it, and its own.
     store.hold(seconds=2)
     assert visit(app) == 1
@@ -358,7 +358,7 @@ def test_a_crowd_is_answered_in_time_and_counted_once_when_it_asks_again(serve, 
     assert store.count() == 64
 
 
-def test_many_at_once_get_every_number_once_and_nothing_is_logged(serve, store):
+def test_2000_visits_get_2000_numbers_and_nothing_is_logged(serve, store):
     process = serve()
     with ThreadPoolExecutor(50) as pool:
         answers = pool.map(get, [process.port] * 2000)
@@ -389,7 +389,7 @@ def test_ctrl_c_ends_it_quietly(serve):
     assert process.returncode == 0
 
 
-def test_any_wsgi_server_can_serve_it(serve):
+def test_waitress_serve_can_serve_it(serve):
     process = serve("-m", "waitress", "--port=0", "--call", "counter:create_app")
     assert number(get(process.port)[1]) == 1
 

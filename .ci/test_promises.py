@@ -40,7 +40,7 @@ os.environ |= {"COMPOSE_PROJECT_NAME": NAME, "REGISTRY": NAME}
 os.environ |= {"BIND": HOST, "PORT": str(PORT), "COMPOSE_PROGRESS": "quiet"}
 WEB = f"{NAME}/{NAME}-web:1"
 SEED = os.environ.get("SEED", os.getpid())
-# To leave a Swarm makes the engine forget the names in every network (moby issue 45144).
+# Leaving a Swarm makes the engine forget the names in every network (moby issue 45144).
 BUSY = sh("docker ps -q; docker info -f '{{.Swarm.LocalNodeState}}'") != "inactive"
 FREEZE = "pause", "unpause"
 FAULTS = [FREEZE, ("kill", "start"), ("restart", "start")]
@@ -93,7 +93,7 @@ def crash(seen, **services):
         dice = random.Random(f"{SEED} {service}")
         for fault in dice.sample(3 * FAULTS, 9):
             away(service, *fault, dice.uniform(1, 3), dice.randrange(replicas))
-            # Or else a visitor without luck would meet one fault after another.
+            # Or else an unlucky visitor would meet one fault after another.
             before = seen.served.copy()
             wait_until(lambda before=before: all_are_served(before))
 
@@ -113,11 +113,18 @@ def send(request):
 
 def visit(key=""):
     """Return the number of a visit."""
-    # In the absolute form, to see that the proxy shortens it.
+    # With the full URL, to check that the proxy reduces it to the path.
     answer = send(f"GET http://x/ HTTP/1.0\r\nIdempotency-Key: {key}\r\n\r\n")
     served = VISIT.search(answer)
     assert served, answer
     return int(served[1])
+
+
+def timed_visit(seen):
+    began = time.monotonic()
+    number = visit()
+    seen.waits.append(time.monotonic() - began)
+    return number
 
 
 def client(seen, place, keys):
@@ -160,8 +167,9 @@ def unordered(visits):
 def visitors(limit=inf, late=inf, clients=32, keys=False, replicas=3, stay=3):
     """Let clients visit meanwhile, and check that each number comes once, and in order.
 
-    No visit may take `limit` seconds, and only `late` visits more than one. Without `keys`,
-    none may fail. At the end, so many `replicas` serve, and `stay` of the first three."""
+    No try may take `limit` seconds, and at most `late` tries more than one. Without `keys`,
+    none may fail. At the end, this many `replicas` serve, `stay` of the first three among
+    them."""
     seen = SimpleNamespace(visits=[], others=[], waits=[], replicas=set())
     seen.errors, seen.served, seen.end = Counter(), [0] * clients, inf
     before = visit()
@@ -231,10 +239,10 @@ class TestNobodyIsHarmedWhen:
         with visitors(limit=10) as seen, ThreadPoolExecutor(3001) as pool:
             absence = pool.submit(away, "redis")
             wait_until(lambda: containers("redis"), [])
-            seen.others += pool.map(visit, [""] * 3000)
+            seen.others += pool.map(timed_visit, [seen] * 3000)
             absence.result()
 
-    def test_redis_stops_short_again_and_again(self):  # as when its disk is slow
+    def test_redis_is_frozen_briefly_again_and_again(self):  # like a slow disk
         with visitors(limit=5):
             for _ in range(8):
                 away("redis", *FREEZE, seconds=1.2)
@@ -267,7 +275,7 @@ class TestNobodyIsHarmedWhen:
             crash(seen, redis=1, web=3)
 
     # Promise 3: a visitor with a key may ask again.
-    def test_they_have_keys_and_everything_crashes(self):
+    def test_everything_crashes_and_they_ask_again_with_a_key(self):
         with visitors(keys=True) as seen:
             crash(seen, redis=1, web=3, proxy=1)
 
@@ -287,7 +295,7 @@ def test_a_key_has_one_number_on_all_replicas_and_after_a_crash():
     assert numbers == {visit("a key")} == {visit() - 1}
 
 
-def test_redis_may_do_again_all_that_is_in_its_file():
+def test_redis_can_replay_its_own_file():
     # A visit that finds its key just expired also removes it. Redis itself does so ten times
     # a second, and may come first.
     for key in ("old1", "old2", "old3"):
@@ -316,7 +324,7 @@ def test_a_flood_of_keys_makes_redis_forget_the_oldest_and_count_on():
     remember = "; ".join(f"redis-cli set {{visits}}:{key} 0 ex 500" for key in oldest)
     sh(f"{redis} sh -c '{remember}'")
     assert visit("oldest0") == 0
-    sh(f"{redis} sh -c '{remember}'")  # since asking began a minute
+    sh(f"{redis} sh -c '{remember}'")  # since asking set a minute
     flood = f"{redis} redis-benchmark -P 16 -n 400000 -r 1000000000"
     sh(f"{flood} set {{visits}}:__rand_int__ {'x' * 1000} ex 600")
     assert max(map(visit, oldest)) > before
@@ -344,7 +352,7 @@ NO_VISITS = {
 
 
 @pytest.mark.parametrize("head", NO_VISITS)
-def test_what_is_no_visit_gets_one_line(head):
+def test_what_is_no_visit_is_not_counted(head):
     before = visit()
     # What follows is five bytes of a body, or its last chunk, and then a visit.
     start, _, text = send(f"{head}\r\n\r\n0\r\n\r\n{A_VISIT}").partition("\r\n\r\n")
@@ -404,7 +412,7 @@ def test_without_redis_visitors_wait_8_seconds_and_read_why():
     assert time.monotonic() - began < 2
 
 
-def test_who_asks_too_slowly_is_not_waited_for():
+def test_a_request_that_comes_too_slowly_is_cut_off():
     began = time.monotonic()
     with socket.create_connection((HOST, PORT)) as line:
         line.sendall(b"GET / HTTP/1.0\r\n")
