@@ -572,7 +572,7 @@ else:
             sh(f"{deploy} -c compose.yml -c {trial} {NAME}")
             sh(f"docker service scale {NAME}_web=3")
             wait_until(lambda: sh(f"{tasks}proxy -f health=healthy") != "")
-            with visitors(stay=0):
+            with visitors(limit=5, stay=0):
                 sh(f"docker kill {containers('redis')[0]}")
                 sh(f"docker service update --force -d=false {NAME}_web")
         finally:
