@@ -71,11 +71,8 @@ class RedisServer:
         self.start("Loading RDB", slowly.split())
 
     def hold(self, seconds=60):
-        """Let every command that may write wait for so long, or until `release`."""
+        """Let every command that may write wait for so long, or until `client_unpause`."""
         self.client.client_pause(1000 * seconds, all=False)
-
-    def release(self):
-        self.client.client_unpause()
 
     def holds_a_command(self):
         return self.client.info("clients")["blocked_clients"] > 0
@@ -376,7 +373,7 @@ def test_visits_that_sigterm_interrupts_are_counted_once_elsewhere(serve, store)
         wait_until(store.holds_a_command)
         ending.terminate()
         assert ending.wait(20) == 0
-        store.release()
+        store.client.client_unpause()
     assert sorted(numbers) == list(range(1, 61))
     assert store.count() == 60
 

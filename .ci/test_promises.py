@@ -236,7 +236,7 @@ class TestNobodyIsHarmedWhen:
             away("redis", *FREEZE)
 
     def test_redis_is_stopped_for_4_s_and_3000_come(self):
-        with visitors(limit=10) as seen, ThreadPoolExecutor(3001) as pool:
+        with visitors(limit=18) as seen, ThreadPoolExecutor(3001) as pool:
             absence = pool.submit(away, "redis")
             wait_until(lambda: containers("redis"), [])
             seen.others += pool.map(timed_visit, [seen] * 3000)
