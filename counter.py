@@ -106,7 +106,7 @@ def create_app(url=None):
                     status, text = "405 Method Not Allowed", "Use GET or HEAD."
                     headers.append(("Allow", "GET, HEAD"))
         except redis.RedisError:
-            time.sleep(0.25)  # so that the proxy's 32 tries last for eight seconds
+            time.sleep(0.25)  # so that the proxy's 32 retries last for 8 seconds
             status, text = "503 Service Unavailable", "No number yet. Please try again."
             headers.append(("Retry-After", "1"))
         body = f"{text}\n".encode()
