@@ -83,7 +83,9 @@ def away(service, end="stop", begin="start", seconds=4, place=0):
     sh(f"docker {end} {container} && sleep {seconds} && docker {begin} {container}")
 
 
-def wait_until_all_are_served(seen, before):
+def wait_until_all_are_served(seen):
+    """Wait until every client has got one more number."""
+    before = seen.served.copy()
     wait_until(lambda: all(now > then for now, then in zip(seen.served, before)))
 
 
@@ -96,7 +98,7 @@ def crash(seen, **services):
         for fault in dice.sample(3 * FAULTS, 9):
             away(service, *fault, dice.uniform(1, 3), dice.randrange(replicas))
             # Or else an unlucky visitor would meet one fault after another.
-            wait_until_all_are_served(seen, seen.served.copy())
+            wait_until_all_are_served(seen)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(torment, services.keys(), services.values()))
@@ -327,8 +329,8 @@ def test_a_flood_of_keys_makes_redis_forget_the_oldest_and_count_on():
 
 
 # Promise 4: only GET / counts.
-A_VISIT = "GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 UNFINISHED = "GET / HTTP/1.1\r\nHost: x\r\n"
+A_VISIT = f"{UNFINISHED}\r\n"
 NO_VISITS = {
     "HEAD / HTTP/1.0": "200 ",
     "GET /health HTTP/1.0": "404 Only / counts visits.",
@@ -424,16 +426,15 @@ def test_stop_takes_5_seconds_at_most():
 def test_one_visitors_error_is_nobody_elses(tmp_path):
     # A program whose status is the beginning of the key, if that is too long.
     bug = """sed -i 's/"400 Bad Request"/key[:3] + " A bug"/' counter.py"""
-    sh(
-        f"cp -r . {tmp_path}/copy && cd {tmp_path}/copy && {bug} && docker compose build -q"
-    )
+    copy = f"{tmp_path}/copy"
+    sh(f"cp -r . {copy} && cd {copy} && {bug} && docker compose build -q web")
     up()
     with visitors(limit=1, clients=8):
         for status in ["500", "501", "502", "503", "504"] * 4:
             key = status.ljust(200, "x")
             answer = send(f"GET / HTTP/1.0\r\nIdempotency-Key: {key}\r\n\r\n")
             assert answer[9:12] == status
-    sh("docker compose build -q")
+    sh("docker compose build -q web")
 
 
 def test_a_crowd_is_answered_without_redis_and_leaves_the_proxy_healthy():
