@@ -1,9 +1,9 @@
 """The promises, checked on the whole stack under load, while parts of it are broken.
 
 Needs Docker. In the project's folder:
-pytest -sv .ci              all of them, with the figures seen
+pytest -xsv .ci             all of them, up to the first that fails, with the figures
 pytest -sv .ci -k frozen    those with this word in their name
-SEED=7 pytest -sv .ci       with the same random choices as in another run
+SEED=7 pytest -xsv .ci      with the same random choices as in another run
 """
 
 import http.client
@@ -16,11 +16,9 @@ import signal
 import socket
 import subprocess
 import time
-from bisect import bisect_left
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import accumulate
 from math import inf
 from types import SimpleNamespace
 
@@ -39,9 +37,8 @@ with socket.create_server(("127.0.0.1", 0)) as free:
 os.environ |= {"COMPOSE_PROJECT_NAME": NAME, "REGISTRY": NAME}
 os.environ |= {"BIND": HOST, "PORT": str(PORT), "COMPOSE_PROGRESS": "quiet"}
 WEB = f"{NAME}/{NAME}-web:1"
+BUILD = "docker compose build -q"
 SEED = os.environ.get("SEED", os.getpid())
-# Leaving a Swarm makes the engine forget the names in every network (moby issue 45144).
-BUSY = sh("docker ps -q; docker info -f '{{.Swarm.LocalNodeState}}'") != "inactive"
 FREEZE = "pause", "unpause"
 FAULTS = [FREEZE, ("kill", "start"), ("restart", "start")]
 LOGS = "docker compose logs --no-log-prefix | sort"
@@ -77,31 +74,20 @@ def kill_9(service):
     wait_until(lambda: sh(read) not in ("0", pid))
 
 
-def away(service, end="stop", begin="start", seconds=4, place=0):
+def away(service, end="stop", begin="start", seconds=4, pick=min):
     """Take one of a service's containers away for a while."""
-    container = containers(service)[place]
+    container = pick(containers(service))
     sh(f"docker {end} {container} && sleep {seconds} && docker {begin} {container}")
 
 
-def wait_until_all_are_served(seen):
-    """Wait until every client has got one more number."""
-    before = seen.served.copy()
-    wait_until(lambda: all(now > then for now, then in zip(seen.served, before)))
-
-
-def crash(seen, **services):
-    """Kill, freeze or restart containers, of each service one at a time."""
-    print(f"SEED={SEED}", end=" ")
-
-    def torment(service, replicas):
-        dice = random.Random(f"{SEED} {service}")
-        for fault in dice.sample(3 * FAULTS, 9):
-            away(service, *fault, dice.uniform(1, 3), dice.randrange(replicas))
-            # Or else an unlucky visitor would meet one fault after another.
-            wait_until_all_are_served(seen)
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(torment, services.keys(), services.values()))
+def crash(seen, service):
+    """Kill, freeze or restart a service's containers, one at a time."""
+    dice = random.Random(f"{SEED} {service}")
+    for fault in dice.sample(3 * FAULTS, 9):
+        away(service, *fault, dice.uniform(1, 3), dice.choice)
+        # Or else an unlucky client could meet one fault after another.
+        seen.served = set()
+        wait_until(lambda: len(seen.served), seen.clients)
 
 
 def send(request):
@@ -127,10 +113,10 @@ def client(seen, place, keys):
     connection = http.client.HTTPConnection(HOST, PORT, timeout=30)
     key = {}  # the header of a visit that has no number yet
     while time.monotonic() < seen.end + (30 if key else 0):
-        began = time.monotonic()
         if not key:
-            first = began
+            answered = seen.numbers[-1]  # before this visit begins
             key = {"Idempotency-Key": str(random.random())} if keys else {}
+        began = time.monotonic()
         try:
             connection.request("GET", "/", headers=key)
             answer = connection.getresponse()
@@ -139,35 +125,27 @@ def client(seen, place, keys):
             status, text = type(error).__name__, ""
             connection.close()
             time.sleep(0.02)
-        ended = time.monotonic()
-        seen.waits.append(ended - began)
+        seen.waits.append(time.monotonic() - began)
         if served := VISIT.fullmatch(text):
-            seen.visits.append((first, ended, int(served[1])))
+            assert int(served[1]) > answered, "out of order"
+            seen.numbers.append(int(served[1]))
             seen.replicas.add(served[2])
-            seen.served[place] += 1
+            seen.served.add(place)
             key = {}
         else:
             seen.errors[status] += 1
     connection.close()
 
 
-def unordered(visits):
-    """Return the visits that began after another was answered, and got a lower number."""
-    answers = sorted((ended, number) for _, ended, number in visits)
-    highest = [0, *accumulate((number for _, number in answers), max)]  # so far
-    return [v for v in visits if v[2] < highest[bisect_left(answers, (v[0], 0))]]
-
-
 @contextmanager
 def visitors(limit=inf, late=inf, clients=32, keys=False, replicas=3, stay=3):
     """Let clients visit meanwhile, and check that each number comes once, and in order.
 
-    No try may take `limit` seconds, and at most `late` tries more than one. Without `keys`,
-    none may fail. At the end, this many `replicas` serve, `stay` of the first three among
-    them."""
-    seen = SimpleNamespace(visits=[], others=[], waits=[], replicas=set())
-    seen.errors, seen.served, seen.end = Counter(), [0] * clients, inf
+    No try may take `limit` seconds, at most `late` may take more than one, and without
+    `keys` none may fail. At the end, `replicas` serve, among them `stay` of the first."""
     before = visit()
+    seen = SimpleNamespace(numbers=[before], waits=[], errors=Counter(), end=inf)
+    seen.clients, seen.served, seen.replicas = clients, set(), set()
     with ThreadPoolExecutor(clients) as pool:
         try:
             ends = pool.map(client, [seen] * clients, range(clients), [keys] * clients)
@@ -181,12 +159,11 @@ def visitors(limit=inf, late=inf, clients=32, keys=False, replicas=3, stay=3):
         finally:
             seen.end = time.monotonic()
         list(ends)  # raises what a client raised
-    numbers = [number for _, _, number in seen.visits] + seen.others
-    given, counted = set(numbers), set(range(before + 1, visit()))
-    twice, lost = len(numbers) - len(given), len(given ^ counted)
+    given, counted = set(seen.numbers), set(range(before, visit()))
+    twice, lost = len(seen.numbers) - len(given), len(given ^ counted)
     slowest, errors = max(seen.waits), dict(seen.errors)
     print(f"{len(given)} visits, {twice=}, {lost=}, {errors=}, {slowest=:.2f}")
-    assert (twice, lost, unordered(seen.visits)) == (0, 0, [])
+    assert (twice, lost) == (0, 0)
     assert keys or errors == {}
     assert slowest < limit
     assert sum(wait > 1 for wait in seen.waits) <= late
@@ -195,47 +172,37 @@ def visitors(limit=inf, late=inf, clients=32, keys=False, replicas=3, stay=3):
 
 @pytest.fixture(scope="session")
 def images():
-    """Build the images, and remove everything at the end, even if it comes early."""
+    """Build the images. At the end, even if it comes early, remove everything."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
+        print(f"SEED={SEED}")
         # The README's first command. Each container has to become healthy.
         sh("docker compose up -d --build --wait")
         yield
     finally:
+        print(sh("docker compose logs --tail 15"))
         sh("docker compose down -v --timeout 3 --rmi all")
         sh(f"docker image prune -f --filter label=com.docker.compose.project={NAME}")
 
 
 @pytest.fixture(autouse=True)
-def stack(images, request):
-    """Start three replicas; after a failure, show what was logged last, and start anew."""
-    failures = request.session.testsfailed
-
-    def end():
-        if request.session.testsfailed > failures:
-            print(sh("docker compose logs --tail 15; docker compose down -v"))
-
-    request.addfinalizer(end)
+def stack(images):
+    """Start three replicas."""
     up()
 
 
-# Promise 1: a visit counts exactly once, in order. Promise 5: no change or crash is an outage.
-class TestNobodyIsHarmedWhen:
+class TestNobodyIsHarmedWhen:  # promises 1 and 5
     def test_redis_is_killed(self):
         with visitors(limit=4):
             kill_9("redis")
-
-    def test_redis_is_frozen_for_4_s(self):
-        with visitors(limit=8):
-            away("redis", *FREEZE)
 
     def test_redis_is_stopped_for_4_s_and_3000_come(self):
         with visitors(limit=18) as seen, ThreadPoolExecutor(3001) as pool:
             absence = pool.submit(away, "redis")
             wait_until(lambda: containers("redis"), [])
             began = time.monotonic()
-            seen.others += pool.map(visit, [""] * 3000)
+            seen.numbers += pool.map(visit, [""] * 3000)
             seen.waits.append(time.monotonic() - began)
             absence.result()
 
@@ -270,62 +237,53 @@ class TestNobodyIsHarmedWhen:
             up()
 
     def test_redis_and_replicas_crash(self):
-        with visitors(limit=9) as seen:
-            crash(seen, redis=1, web=3)
+        with visitors(limit=9) as seen, ThreadPoolExecutor() as pool:
+            list(pool.map(crash, [seen] * 2, ["redis", "web"]))
 
-    # Promise 3: a visitor with a key may ask again.
-    def test_everything_crashes_and_they_ask_again_with_a_key(self):
-        with visitors(keys=True) as seen:
-            crash(seen, redis=1, web=3, proxy=1)
-
-
-# Promise 2: a number once given is on disk.
-def test_a_number_is_on_disk_before_it_is_given():
-    # The thread that answers, and not one beside it, must be seen in fdatasync, which is
-    # system call 75 on x86-64 and 83 on arm64. (Redis answers after it, if `always` is set.)
-    as_root = "docker compose exec -T --privileged --user root redis timeout 30"
-    with visitors():
-        sh(f"{as_root} sh -c \"until grep -E '^(75|83) ' /proc/1/syscall; do :; done\"")
+    def test_everything_crashes_and_they_ask_again_with_a_key(self):  # promise 3
+        with visitors(keys=True) as seen, ThreadPoolExecutor() as pool:
+            list(pool.map(crash, [seen] * 3, ["redis", "web", "proxy"]))
 
 
-def test_down_and_a_crash_keep_the_count_and_the_keys():
-    numbers = {visit("a key") for _ in range(10)}  # on all replicas
-    sh("docker compose down")
-    up()
-    kill_9("redis")
-    assert numbers == {visit("a key")} == {visit() - 1}
-    # When it stopped, Redis wrote no snapshot, which could only be older than its file.
-    assert sh("docker compose exec -T redis ls /data") == "appendonlydir"
+class TestANumberOnceGivenIsOnDisk:  # promise 2
+    def test_before_it_is_given(self):
+        # The thread that answers, and not one beside it, must be seen in fdatasync, which is
+        # system call 75 on x86-64 and 83 on arm64. (If it is, Redis answers after it.)
+        as_root = "docker compose exec -T --privileged -u root redis timeout 30 sh -c"
+        with visitors():
+            sh(f"{as_root} \"until grep -E '^(75|83) ' /proc/1/syscall; do :; done\"")
 
+    def test_after_down_and_a_crash_with_its_key(self):
+        numbers = {visit("a key") for _ in range(10)}  # on all replicas
+        # A visit that finds its key just expired removes it. Redis itself does so ten times a
+        # second, and may come first.
+        for key in ("old1", "old2", "old3"):
+            forget = f"redis-cli set {{visits}}:{key} 0 px 200 && sleep 0.2"
+            sh(f"docker compose exec -T redis sh -c '{forget}'")
+            assert visit(key) > 0
+        sh("docker compose down")
+        up()
+        kill_9("redis")
+        assert numbers == {visit("a key")} == {visit() - 4}
+        # When it stopped, Redis wrote no snapshot, which could only be older than its file.
+        assert sh("docker compose exec -T redis ls /data") == "appendonlydir"
+        # Redis may check its own file against its access list (redis issue 14541).
+        assert not re.search("CRITICAL|NOPERM", sh("docker compose logs redis"))
 
-def test_redis_can_replay_its_own_file():
-    visit()  # so that what a script wrote comes first in the file
-    # A visit that finds its key just expired also removes it. Redis itself does so ten times
-    # a second, and may come first.
-    for key in ("old1", "old2", "old3"):
-        forget = f"redis-cli set {{visits}}:{key} 0 px 200 && sleep 0.2"
-        sh(f"docker compose exec -T redis sh -c '{forget}'")
-        assert visit(key) > 0
-    kill_9("redis")
-    up()
-    # Redis may check its own file against its access list (redis issue 14541).
-    assert not re.search("CRITICAL|NOPERM", sh("docker compose logs redis"))
-
-
-def test_a_flood_of_keys_makes_redis_forget_the_oldest_and_count_on():
-    before = visit()
-    redis = "docker compose exec -T redis"
-    # Redis evicts by samples, and could miss a single key.
-    oldest = [f"oldest{n}" for n in range(9)]
-    # For longer than the flood, so that only a lack of memory can end it.
-    remember = "; ".join(f"redis-cli set {{visits}}:{key} 0 ex 500" for key in oldest)
-    sh(f"{redis} sh -c '{remember}'")
-    assert visit("oldest0") == 0
-    sh(f"{redis} sh -c '{remember}'")  # since asking set a minute
-    flood = f"{redis} redis-benchmark -P 16 -n 400000 -r 1000000000"
-    sh(f"{flood} set {{visits}}:__rand_int__ {'x' * 1000} ex 600")
-    assert max(map(visit, oldest)) > before
-    sh("docker compose down -v")  # as Redis would read all this whenever it starts
+    def test_even_if_a_flood_of_keys_fills_the_memory(self):
+        before = visit()
+        # Redis evicts by samples, and could miss a single key.
+        oldest = [f"oldest{n}" for n in range(9)]
+        # For longer than the flood, so that only a lack of memory can end it.
+        remember = [f"redis-cli set {{visits}}:{key} 0 ex 500" for key in oldest]
+        sh(f"docker compose exec -T redis sh -c '{'; '.join(remember)}'")
+        assert visit("oldest0") == 0
+        flood = (
+            "docker compose exec -T redis redis-benchmark -P 16 -n 400000 -r 10000000"
+        )
+        sh(f"{flood} set {{visits}}:__rand_int__ {'x' * 1000} ex 600")
+        assert max(map(visit, oldest)) > before
+        sh("docker compose down -v")  # as Redis would read all this whenever it starts
 
 
 # Promise 4: only GET / counts.
@@ -335,7 +293,6 @@ NO_VISITS = {
     "HEAD / HTTP/1.0": "200 ",
     "GET /health HTTP/1.0": "404 Only / counts visits.",
     "GET /favicon.ico HTTP/1.0": "404 Only / counts visits.",
-    "GET // HTTP/1.0": "404 Only / counts visits.",
     "GET /%2F HTTP/1.0": "404 Only / counts visits.",
     "GET http://x? HTTP/1.0": "404 Only / counts visits.",
     "OPTIONS * HTTP/1.0": "405 Use GET or HEAD.",
@@ -357,7 +314,6 @@ def test_what_is_no_visit_is_not_counted(head):
     assert visit() == before + 1
 
 
-DICE = random.Random(SEED)
 METHODS = ["GET", "GET", "GET", "GET", "HEAD", "POST", "OPTIONS", "CONNECT", "get"]
 TARGETS = ["/", "/", "/", "/?q", "/#f", "//", "/%2F", "*", "x:1", "/\xff", "/" * 9999]
 TARGETS += ["http://x/", "http://x/?q", "http://[x", "http://[x]?a", "/?" + "q" * 9999]
@@ -370,16 +326,17 @@ BODIES = ["", "", "hello", "5\r\nhello\r\n0\r\n\r\n", "zz\r\n", A_VISIT]
 
 
 def test_nothing_that_is_sent_harms_a_replica():
-    pick, headers, requests = DICE.choice, re.split(r"[|\n]", HEADERS), []
+    pick, requests = random.Random(SEED).choice, []
+    headers = re.split(r"[|\n]", HEADERS)
     for _ in range(1500):
         lines = [f"{pick(METHODS)} {pick(TARGETS)} {pick(VERSIONS)}", "Host: x"]
-        lines += DICE.choices(headers, k=pick([0, 1, 1, 2, 3]))
+        lines += [pick(headers) for _ in range(pick([0, 1, 1, 2, 3]))]
         requests.append("\r\n".join([*lines, "Connection: close", "", pick(BODIES)]))
     requests += [UNFINISHED] * 40 + ["PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
     with visitors(limit=1, clients=4) as seen, ThreadPoolExecutor(40) as pool:
         before = sh(LOGS)
         answers = list(pool.map(send, requests))
-        seen.others += {int(number) for number, _ in VISIT.findall("".join(answers))}
+        seen.numbers += {int(number) for number, _ in VISIT.findall("".join(answers))}
     for request, answer in zip(requests, answers):
         # When a connection is closed before a body was read, the answer may get lost.
         wanted = "HTTP/1.[01] [24]|$" if "Length: 5" in request else "HTTP/1.[01] [24]"
@@ -387,65 +344,56 @@ def test_nothing_that_is_sent_harms_a_replica():
     assert sh(LOGS) == before
 
 
-# Promise 5: neither a change nor a crash is an outage.
-def test_without_redis_visitors_wait_8_seconds_and_read_why():
-    sh("docker compose up -d --no-deps --force-recreate --wait proxy")
-    visit()
-    sh("docker compose stop redis")
-    began = time.monotonic()
-    head, text = send("GET http://x/ HTTP/1.0\r\n\r\n").split("\r\n\r\n")
-    assert 7 < time.monotonic() - began < 11
-    assert head.startswith("HTTP/1.1 503 ")
-    assert text == "No number yet. Please try again.\n"
-    assert {"content-type: text/plain", "retry-after: 1"} < {*head.split("\r\n")}
-    # The proxy's log tells of each fault once, and of nothing else.
-    lines = sh("docker compose logs --no-log-prefix proxy").splitlines()
-    assert sum(" is DOWN, reason: Layer7 wrong status" in line for line in lines) == 3
-    assert re.search(r'waiting-room .* 503 .* "GET http://x/ HTTP/1.0"$', lines[3])
-    assert len(lines) == 4
-
-
-def test_a_request_that_comes_too_slowly_is_cut_off():
-    began = time.monotonic()
-    with socket.create_connection((HOST, PORT)) as line:
-        line.sendall(b"GET / HTTP/1.0\r\n")
-        while not select.select([line], [], [], 0.5)[0]:
-            line.sendall(b"X: y\r\n")
-            assert time.monotonic() - began < 8
-
-
-def test_stop_takes_5_seconds_at_most():
-    with socket.create_connection((HOST, PORT)):  # and never asks
+class TestOutage:  # promise 5, for one visitor and for all
+    def test_without_redis_visitors_wait_8_seconds_and_read_why(self):
+        sh("docker compose up -d --no-deps --force-recreate --wait proxy")
+        visit()
+        sh("docker compose stop redis")
         began = time.monotonic()
-        sh("docker compose stop")
-        assert time.monotonic() - began < 5
-    codes = sh("docker compose ps -a --format '{{.ExitCode}}'")
-    assert codes.split() == ["0"] * 5
+        head, text = send("GET http://x/ HTTP/1.0\r\n\r\n").split("\r\n\r\n")
+        assert 7 < time.monotonic() - began < 11
+        assert head.startswith("HTTP/1.1 503 ")
+        assert text == "No number yet. Please try again.\n"
+        assert {"content-type: text/plain", "retry-after: 1"} < {*head.split("\r\n")}
+        # The proxy's log tells of each fault once, and of nothing else.
+        log = sh("docker compose logs --no-log-prefix proxy")
+        assert log.count(" is DOWN, reason: Layer7 wrong status") == 3
+        assert re.search(r'waiting-room .* 503 .* "GET http://x/ HTTP/1.0"$', log)
+        assert len(log.splitlines()) == 4
+        # Behind a crowd, of whom a thousand wait at once, Docker's check of the proxy passes.
+        read = "docker inspect -f '{{join (slice .Config.Healthcheck.Test 1) \" \"}}'"
+        proxy = containers("proxy")[0]
+        with ThreadPoolExecutor(1500) as pool:
+            crowd = pool.map(send, ["GET / HTTP/1.0\r\n\r\n"] * 1500)
+            sh(f"timeout 5 docker exec {proxy} $({read} {proxy})")
+        assert {answer[9:12] for answer in crowd} == {"503"}
 
+    def test_a_request_that_comes_too_slowly_is_cut_off(self):
+        began = time.monotonic()
+        with socket.create_connection((HOST, PORT)) as line:
+            line.sendall(b"GET / HTTP/1.0\r\n")
+            while not select.select([line], [], [], 0.5)[0]:
+                line.sendall(b"X: y\r\n")
+                assert time.monotonic() - began < 8
 
-def test_one_visitors_error_is_nobody_elses(tmp_path):
-    # A program whose status is the beginning of the key, if that is too long.
-    bug = """sed -i 's/"400 Bad Request"/key[:3] + " A bug"/' counter.py"""
-    copy = f"{tmp_path}/copy"
-    sh(f"cp -r . {copy} && cd {copy} && {bug} && docker compose build -q web")
-    up()
-    with visitors(limit=1, clients=8):
-        for status in ["500", "501", "502", "503", "504"] * 4:
-            key = status.ljust(200, "x")
-            answer = send(f"GET / HTTP/1.0\r\nIdempotency-Key: {key}\r\n\r\n")
-            assert answer[9:12] == status
-    sh("docker compose build -q web")
+    def test_stop_takes_5_seconds_at_most(self):
+        with socket.create_connection((HOST, PORT)):  # and never asks
+            began = time.monotonic()
+            sh("docker compose stop")
+            assert time.monotonic() - began < 5
+        assert sh("docker compose ps -a --format '{{.ExitCode}}'").split() == ["0"] * 5
 
-
-def test_a_crowd_is_answered_without_redis_and_leaves_the_proxy_healthy():
-    sh("docker compose stop redis")
-    read = "docker inspect -f '{{join (slice .Config.Healthcheck.Test 1) \" \"}}'"
-    proxy = containers("proxy")[0]
-    with ThreadPoolExecutor(1500) as pool:  # of whom a thousand wait at once
-        crowd = [pool.submit(send, "GET / HTTP/1.0\r\n\r\n") for _ in range(1500)]
-        wait_until(lambda: all(visitor.running() for visitor in crowd))
-        sh(f"timeout 3 docker exec {proxy} $({read} {proxy})")
-    assert {visitor.result()[9:12] for visitor in crowd} == {"503"}
+    def test_one_visitors_error_is_nobody_elses(self, tmp_path):
+        # A program whose status is the beginning of the key, if that is too long.
+        bug = """sed -i 's/"400 Bad Request"/key[:3] + " A bug"/' counter.py"""
+        sh(f"cp -r . {tmp_path}/copy && cd {tmp_path}/copy && {bug} && {BUILD} web")
+        up()
+        with visitors(limit=1, clients=8):
+            for status in ["500", "501", "502", "503", "504"] * 4:
+                key = status.ljust(200, "x")
+                answer = send(f"GET / HTTP/1.0\r\nIdempotency-Key: {key}\r\n\r\n")
+                assert answer[9:12] == status
+        sh(f"{BUILD} web")
 
 
 # Promise 6: no more power than the job needs.
@@ -463,7 +411,6 @@ POWERS = {  # what a service tries, and what it reads
     "redis redis-cli set visits 1": "NOPERM",
     "redis redis-cli incrby x 1": "NOPERM",
     "redis redis-cli set x 1": "NOPERM",
-    "redis redis-cli config get dir": "NOPERM",
 }
 
 
@@ -473,14 +420,16 @@ def test_no_service_has_more_power_than_it_needs(attempt):
     assert re.search(POWERS[attempt], read, re.DOTALL)
 
 
-@pytest.mark.parametrize("network", ["front", "edge", "data"])
-def test_the_host_has_a_route_to_the_proxy_alone(network):
-    bridge = sh(f"docker network inspect -f '{{{{.Id}}}}' {NAME}_{network}")[:12]
+def test_the_host_has_a_route_to_the_proxy_alone():
     read = "cat /proc/net/route /proc/net/ipv6_route"
     routes = sh(f"docker run --rm --network host {WEB} {read}")
     # Any bridge has a link-local route (fe80) and one for multicasts (ff00).
     routes = re.sub("^(fe80|ff00).*", "", routes, flags=re.MULTILINE)
-    assert (f"br-{bridge}" in routes) == (network == "front")
+    listing = f"docker network ls -f name={NAME}_ --format '{{{{.ID}}}} {{{{.Name}}}}'"
+    networks = map(
+        str.split, sh(listing).splitlines()
+    )  # ID is a part of a bridge's name.
+    assert [name for ID, name in networks if ID in routes] == [f"{NAME}_front"]
 
 
 # Promise 7: it is at home on every machine.
@@ -492,69 +441,52 @@ SURROUNDINGS = {  # what is unusual, and how a copy of the project gets there
     "ipv6": f'{OVERRIDE} "networks: {{front: {IPV6}, edge: {IPV6}}}"',
     "umask 077": "chmod -R go= .",
     "buildkit switched off": "export DOCKER_BUILDKIT=0",
-    "the line ends of windows": "rm -rf .git && git init -q && git add -A"
-    " && git ls-files | xargs rm && git -c core.autocrlf=true checkout-index -qa"
-    r" && ! grep -rlIP '\r$' .",
+    "the line ends of windows": "rm -rf .git && git init -q && git add -A && rm -r *"
+    r" && git -c core.autocrlf=true checkout -q . && ! grep -rlIP '\r$' .",
 }
 
 
 @pytest.mark.parametrize("surroundings", SURROUNDINGS)
 def test_the_first_command_works_with(surroundings, tmp_path):
     sh("docker compose down -v")
-    copy = tmp_path / "counter"
-    sh(f"cp -r . {copy}")
-    change = SURROUNDINGS[surroundings]
-    sh(f"cd {copy} && {change} && docker compose up -d --build --wait")
+    start = f"{SURROUNDINGS[surroundings]} && docker compose up -d --build --wait"
+    sh(f"cp -r . {tmp_path}/copy && cd {tmp_path}/copy && {start}")
     assert visit() == 1
-    sh("docker compose build -q")
+    sh(BUILD)
 
 
-def test_every_container_starts_again_within_limits_and_one_is_published():
+def test_every_container_starts_again_and_has_limits():
     read = "{{.RestartPolicy.Name}} {{.NanoCpus}} {{.Memory}} {{.PidsLimit}} {{.LogConfig}}"
     read = f"docker inspect -f '{{{{with .HostConfig}}}}{read} {{{{.Ulimits}}}}{{{{end}}}}'"
     settings = sh(f"{read} $(docker compose ps -q)")
     # Some engines cannot limit CPU time, hence NanoCpus 0.
     assert len(re.findall(r"always 0 [1-9]\d+ 64 .*max-size:10m", settings)) == 5
     assert "Hard:5000 Name:nofile" in settings
-    # The proxy alone is published.
-    published = re.findall(r"\S+->\S+", sh("docker compose ps"))
-    assert published == [f"{HOST}:{PORT}->5000/tcp"]
 
 
-def test_two_copies_run_side_by_side(tmp_path):
-    copy = f"{tmp_path}/copy"
-    sh(f"cp -r . {copy} && sed -i 's/Visit {{/Vote {{/' {copy}/counter.py")
-    of_copy = f"cd {copy} && COMPOSE_PROJECT_NAME={NAME}-copy PORT=0 docker compose"
-    try:
-        sh(f"{of_copy} up -d --build --wait")
-        up()
-        assert visit() > 0
-        assert "Vote {" in sh(f"{of_copy} exec web cat counter.py")
-    finally:
-        sh(f"{of_copy} down -v --rmi all")
+def test_two_copies_share_no_image():
+    read = "docker compose -p {} config --images; "
+    assert len({*sh(read.format("one") + read.format("two")).split()}) == 6
 
 
-# The same file on a Swarm.
-if BUSY:
-    print("Left out, as it could harm what else runs in Docker: the check on a Swarm.")
-else:
+# On a Swarm, if nothing else runs: to leave one makes the engine forget the names in the
+# networks of all running containers (moby issue 45144).
+if sh("docker ps -q; docker info -f '{{.Swarm.LocalNodeState}}'") == "inactive":
 
     def test_a_swarm_replaces_every_replica_and_harms_nobody(tmp_path):
-        trial = tmp_path / "trial.yml"
-        # For a kernel without IPVS, which has no virtual addresses and no port of all machines.
-        trial.write_text("""
+        # This is for a kernel without IPVS, on which a Swarm has no virtual addresses.
+        (tmp_path / "trial.yml").write_text("""
           services:
             redis: {deploy: {endpoint_mode: dnsrr}}
-            proxy:
-              deploy: {endpoint_mode: dnsrr}
-              ports: [{target: 5000, published: $PORT, mode: host}]
+            proxy: {deploy: {endpoint_mode: dnsrr}, ports: [
+              {target: 5000, published: $PORT, mode: host}]}
         """)
         tasks = f"docker ps -aq -f name=^{NAME}_"
         sh("docker compose down -v")
         sh("docker swarm init --advertise-addr 127.0.0.1")
         try:
-            deploy = "docker stack deploy --resolve-image=never"
-            sh(f"{deploy} -c compose.yml -c {trial} {NAME}")
+            deploy = "docker stack deploy --resolve-image=never -c compose.yml -c"
+            sh(f"{deploy} {tmp_path}/trial.yml {NAME}")
             sh(f"docker service scale {NAME}_web=3")
             wait_until(lambda: sh(f"{tasks}proxy -f health=healthy") != "")
             with visitors(limit=5, stay=0):
