@@ -4,16 +4,16 @@ USER redis
 # The server alone, with the options of CMD: the base image's own entry point would also load four modules.
 ENTRYPOINT ["redis-server"]
 CMD [ \
-# Before Redis answers, what it wrote is in its append-only file and on the disk (fsync), that of a script as a whole
-# or not at all. Snapshots (save) would add nothing to that. Only what goes wrong is logged.
+# Redis answers when what it wrote is in its append-only file and on the disk (fsync). What a script wrote is there as a
+# whole, or not at all. Snapshots (save) would add nothing to that. Only what goes wrong is logged.
     "--appendonly", "yes", "--appendfsync", "always", "--save", "", "--loglevel", "warning", \
-# When the memory is full, the keys that expire soonest are evicted: visits are forgotten sooner, but never the count.
+# If the memory is full, the keys that expire soonest go: visits are forgotten sooner. The count never expires or goes.
     "--maxmemory", "256mb", "--maxmemory-policy", "volatile-ttl", \
 # Without protected mode, other containers need no password. They connect as the user default, who may use nothing but
 # two kinds of keys (~) and these commands (+): ping for the health check; get, incrby and eval to count; and, by the
 # parentheses, set for the keys of visits alone, and not for the count.
     "--protected-mode", "no", "--user", "default", "on", "nopass", "~visits", "~{visits}:*", \
         "+ping", "+get", "+incrby", "+eval", "(+set ~{visits}:*)", \
-# Only Redis before 8.4.4, if your image is older, needs these: what it reads back from its file must be on this list,
-# too (redis issue 14541). In the file, select comes before the first write, and del removes a key found expired.
+# Redis before 8.4.4 also needs these (redis issue 14541): what it reads back from its file must be on this list, and
+# Redis itself writes select before the first write, and del when it finds a key expired.
         "+select", "(+del ~{visits}:*)"]
