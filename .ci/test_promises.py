@@ -147,8 +147,8 @@ def visitors(limit=inf, late=inf, clients=32, keys=False, replicas=3, stay=3):
     seen = SimpleNamespace(numbers=[before], waits=[], errors=Counter(), end=inf)
     seen.clients, seen.served, seen.replicas = clients, set(), set()
     with ThreadPoolExecutor(clients) as pool:
+        ends = pool.map(client, [seen] * clients, range(clients), [keys] * clients)
         try:
-            ends = pool.map(client, [seen] * clients, range(clients), [keys] * clients)
             wait_until(lambda: len(seen.replicas), 3)
             first, seen.replicas = seen.replicas, set()
             yield seen
@@ -158,7 +158,7 @@ def visitors(limit=inf, late=inf, clients=32, keys=False, replicas=3, stay=3):
             wait_until(lambda: len(seen.replicas), replicas)
         finally:
             seen.end = time.monotonic()
-        list(ends)  # raises what a client raised
+            list(ends)  # raises what a client raised
     given, counted = set(seen.numbers), set(range(before, visit()))
     twice, lost = len(seen.numbers) - len(given), len(given ^ counted)
     slowest, errors = max(seen.waits), dict(seen.errors)
