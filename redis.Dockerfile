@@ -4,8 +4,8 @@ USER redis
 # The server alone, with the options of CMD: the base image's own entry point would also load four modules.
 ENTRYPOINT ["redis-server"]
 CMD [ \
-# Redis answers when what it wrote is in its append-only file and on the disk (fsync). What a script wrote is there as a
-# whole, or not at all. Snapshots (save) would add nothing to that. Only what goes wrong is logged.
+# Redis answers only when what it wrote is in its append-only file and on the disk (fsync). What a script wrote is there
+# as a whole, or not at all. Snapshots (save) would add nothing to that. Only what goes wrong is logged.
     "--appendonly", "yes", "--appendfsync", "always", "--save", "", "--loglevel", "warning", \
 # If the memory is full, the keys that expire soonest go: visits are forgotten sooner. The count never expires or goes.
     "--maxmemory", "256mb", "--maxmemory-policy", "volatile-ttl", \
