@@ -19,7 +19,7 @@ import waitress
 
 # A script in Lua. Redis does nothing else meanwhile. If Redis dies then, nothing of it stays.
 # It returns a number for each visit of a batch, and remembers it for a minute. KEYS[1] is the
-# key of the count. Then comes one for each visit; for a HEAD, which only reads, KEYS[1] again.
+# key of the count. Then comes one for each visit. A HEAD, which only reads, has KEYS[1] again.
 COUNT = """
 local numbers = {}
 for i = 2, #KEYS do
@@ -41,13 +41,13 @@ class Counter:
     While the executor's only thread counts a batch, new visits gather in the next one."""
 
     def __init__(self, url):
-        # Only the executor's thread may use it. It connects when used, and anew after a break
-        # or a time-out, so that a late answer is never taken for the next one.
+        # Only the executor's thread may use it. It connects when used, and anew after any error
+        # but a reply of Redis, so that a late answer is never taken for the next one.
         self._connection = redis.ConnectionPool.from_url(
             url,
             retry=None,  # since the proxy retries
             socket_connect_timeout=0.25,  # seconds. Even a Redis that hangs accepts at once.
-            socket_timeout=2.5,  # 1.2 s on a slow disk for earlier writes, and for ours
+            socket_timeout=2.5,  # A slow disk takes 1.2 s for earlier writes, then ours.
             protocol=2,  # without HELLO, which our Redis forbids
             driver_info=None,  # without CLIENT, which it forbids, too
         ).make_connection()
@@ -143,7 +143,7 @@ def main():
     except ValueError as error:
         sys.exit(f"counter: {error}")
     print(f"counter: serving on port {server.getsockname()[1]}", flush=True)
-    # Python runs one thread at a time, and switches faster on one core. (Without this: 0.74)
+    # Python runs one thread at a time, and switches faster on one core. (Without this: 0.74 times.)
     if hasattr(os, "sched_setaffinity"):  # on Linux alone
         os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
     # send_bytes lets one thread send all answers. (Without: 0.81. With 16 threads: 0.94.)

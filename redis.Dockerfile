@@ -14,6 +14,6 @@ CMD [ \
 # parentheses, set for the keys of visits alone, and not for the count.
     "--protected-mode", "no", "--user", "default", "on", "nopass", "~visits", "~{visits}:*", \
         "+ping", "+get", "+incrby", "+eval", "(+set ~{visits}:*)", \
-# Redis before 8.4.4 also needs these (redis issue 14541): what it reads back from its file must be on this list, and
-# Redis itself writes select before the first write, and del when it finds a key expired.
+# Redis before 8.4.4, in an older image, checks its own file against this list (redis issue 14541). There, it writes
+# the script's commands or their like (pexpireat for expire), select before the first, and del for an expired key.
         "+select", "(+del ~{visits}:*)"]
