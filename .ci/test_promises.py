@@ -248,7 +248,7 @@ class TestNobodyIsHarmedWhen:  # promises 1 and 5
 class TestANumberOnceGivenIsOnDisk:  # promise 2
     def test_before_it_is_given(self):
         # The thread that answers, and not one beside it, must be seen in fdatasync, which is
-        # system call 75 on x86-64 and 83 on arm64. (If it is, Redis answers after it.)
+        # system call 75 on x86-64 and 83 on arm64. (If so, it can only answer afterwards.)
         as_root = "docker compose exec -T --privileged -u root redis timeout 30 sh -c"
         with visitors():
             sh(f"{as_root} \"until grep -E '^(75|83) ' /proc/1/syscall; do :; done\"")
