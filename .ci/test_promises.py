@@ -181,8 +181,7 @@ def images():
         sh("docker compose up -d --build --wait")
         yield
     finally:
-        print(sh("docker compose logs --tail 15"))
-        sh("docker compose down -v --timeout 3 --rmi all")
+        print(sh("docker compose logs --tail 9; docker compose down -v -t 3 --rmi all"))
         sh(f"docker image prune -f --filter label=com.docker.compose.project={NAME}")
 
 
