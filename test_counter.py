@@ -291,7 +291,7 @@ def test_no_visit_waits_for_ever_after_a_mistake_in_the_program(
 @pytest.mark.parametrize(
     ("fault", "reason", "head"),
     [
-        ("SET visits many", "not an integer", 200),
+        ("SET visits many", "not an integer", 503),
         ("RPUSH visits 1", "WRONGTYPE", 503),
         ("CONFIG SET maxmemory 1", "maxmemory", 200),
         ("CONFIG SET min-replicas-to-write 1", "NOREPLICAS", 200),
