@@ -428,9 +428,8 @@ def test_the_host_has_a_route_to_the_proxy_alone():
     # Any bridge has a link-local route (fe80) and one for multicasts (ff00).
     routes = re.sub("^(fe80|ff00).*", "", routes, flags=re.MULTILINE)
     listing = f"docker network ls -f name={NAME}_ --format '{{{{.ID}}}} {{{{.Name}}}}'"
-    networks = map(
-        str.split, sh(listing).splitlines()
-    )  # ID is a part of a bridge's name.
+    # An ID is a part of the bridge's name.
+    networks = map(str.split, sh(listing).splitlines())
     assert [name for ID, name in networks if ID in routes] == [f"{NAME}_front"]
 
 
