@@ -8,7 +8,7 @@ CMD [ \
 # as a whole, or not at all. Snapshots (save) would add nothing to that. Only what goes wrong is logged.
     "--appendonly", "yes", "--appendfsync", "always", "--save", "", "--loglevel", "warning", \
 # If the memory is full, the keys that expire soonest go: visits are forgotten sooner. The count never expires or goes.
-    "--maxmemory", "256mb", "--maxmemory-policy", "volatile-ttl", \
+    "--maxmemory", "128mb", "--maxmemory-policy", "volatile-ttl", \
 # Without protected mode, other containers need no password. They connect as the user default, who may use nothing but
 # two kinds of keys (~) and these commands (+): ping for the health check; get, incrby and eval to count; and, by the
 # parentheses, set for the keys of visits alone, and not for the count.
