@@ -22,7 +22,7 @@ CMD ["pytest", "-p", "no:cacheprovider", \
 FROM base AS web
 # Only the two packages that it needs, in the versions that the tests ran with.
 RUN pip install --no-cache-dir --no-deps -c requirements.txt redis waitress && pip check
-# With --chown, so that the user below can read it even if only its owner could (umask 077).
+# With --chown, so that the user below can read it under umask 077, too.
 COPY --chown=1000:1000 counter.py .
 # Not root. Any number will do, if --chown has it, too.
 USER 1000:1000

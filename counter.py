@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import redis
 import waitress
 
-# A script in Lua. Redis does nothing else meanwhile. If Redis dies then, nothing of it stays.
+# A script in Lua. Meanwhile, Redis does nothing else, and if it dies, nothing of this stays.
 # It returns a number for each visit of a batch, and remembers it for a minute. KEYS[1] is the
 # key of the count. Then comes one for each visit. A HEAD, which only reads, has KEYS[1] again.
 COUNT = """
@@ -47,7 +47,7 @@ class Counter:
             url,
             retry=None,  # since the proxy retries
             socket_connect_timeout=0.25,  # seconds. Even a Redis that hangs accepts at once.
-            socket_timeout=2.5,  # A slow disk takes 1.2 s for earlier writes, then ours.
+            socket_timeout=2.5,  # for two syncs of a slow disk: the last batch's, and ours
             protocol=2,  # without HELLO, which our Redis forbids
             driver_info=None,  # without CLIENT, which it forbids, too
         ).make_connection()
@@ -82,7 +82,7 @@ class Counter:
 
 def create_app(url=None):
     """Return the WSGI callable (PEP 3333) that counts in the Redis at `url`, or else at
-    REDIS_URL. Raises ValueError (without the password) if that is not the URL of a Redis."""
+    REDIS_URL. Raises ValueError (without the password) if that is malformed."""
     try:
         counter = Counter(url or os.environ.get("REDIS_URL", "redis://localhost:6379"))
     except (AttributeError, TypeError, ValueError, redis.RedisError):
