@@ -48,8 +48,8 @@ class Counter:
             retry=None,  # since the proxy retries
             socket_connect_timeout=0.25,  # seconds. Even a Redis that hangs accepts at once.
             socket_timeout=2.5,  # for two syncs of a slow disk: the last batch's, and ours
-            protocol=2,  # without HELLO, which our Redis forbids
-            driver_info=None,  # without CLIENT, which it forbids, too
+            protocol=2,  # Without this, a new connection would wait for HELLO first,
+            driver_info=None,  # and without this, for CLIENT, which our Redis forbids.
         ).make_connection()
         self._executor = ThreadPoolExecutor(max_workers=1)
         # The batch that gathers: its keys, and the future that will have its numbers.
