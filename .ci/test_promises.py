@@ -283,7 +283,7 @@ class TestANumberOnceGivenIsOnDisk:  # promise 2
         # Long enough for Redis to rewrite its file several times, which takes the most memory.
         flood = "redis-benchmark -P 16 -n 2000000 -r 9999999 set {visits}:__rand_int__"
         sh(f"docker compose exec -T redis {flood} {'x' * 100} ex 600")
-        assert min(filter(None, map(visit, oldest))) == before + 1  # not 1: the count stays
+        assert min(filter(None, map(visit, oldest))) == before + 1  # The count stays.
         sh("docker compose down -v")  # as Redis would read all this whenever it starts
 
 
