@@ -25,6 +25,7 @@ if not shutil.which("redis-server"):
 
 # The servers started here must not ignore Ctrl-C, as background jobs of a shell do.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.setswitchinterval(1e-5)  # seconds. Threads take turns so often that a race shows.
 TIME_OUT = 3.5  # seconds: more than one command and a 503 take
 
 
@@ -233,16 +234,17 @@ def test_it_counts_in_a_redis_cluster(tmp_path):
 
 
 def test_visits_that_come_together_share_commands_and_take_turns(visits, store):
-    overtaken = []  # for each visit that ended, how many others ended while it waited
+    numbers, overtaken = [], []  # of each visit, and how many ended while it waited
 
     def visit_again_and_again(_):
         for _ in range(200):
             before = len(overtaken)
-            visits.number(str(uuid.uuid4()))
+            numbers.append(visits.number(str(uuid.uuid4())))
             overtaken.append(len(overtaken) - before)
 
     with ThreadPoolExecutor(32) as pool:
         list(pool.map(visit_again_and_again, range(32)))
+    assert sorted(numbers) == list(range(1, 32 * 200 + 1))
     assert store.count() == len(overtaken) == 32 * 200
     assert store.commands() < len(overtaken) / 4
     # A visitor rarely gets two numbers in a row. And of a hundred visits, each other visitor
@@ -279,9 +281,7 @@ def test_visits_that_come_together_share_a_failure(visits, store, caplog):
 @pytest.mark.parametrize(
     ("script", "error"), [("return {}", IndexError), (None, redis.DataError)]
 )
-def test_no_visit_waits_for_ever_after_a_mistake_in_the_program(
-    visits, monkeypatch, script, error
-):
+def test_no_visit_waits_for_ever_after_a_bug(visits, monkeypatch, script, error):
     with monkeypatch.context() as patch:
         patch.setattr(counter, "COUNT", script)
         assert failures(visits, range(20)) == {error}
