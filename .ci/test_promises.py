@@ -331,8 +331,8 @@ def test_nothing_that_is_sent_harms_a_replica():
     pick, requests = random.Random(SEED).choice, []
     headers = re.split(r"[|\n]", HEADERS)
     for _ in range(1500):
-        lines = [f"{pick(METHODS)} {pick(TARGETS)} {pick(VERSIONS)}"]
-        lines += [f"Host: {pick(['x', 'x', '[x]'])}"]
+        host = pick(["x", "x", "[x]"])
+        lines = [f"{pick(METHODS)} {pick(TARGETS)} {pick(VERSIONS)}", f"Host: {host}"]
         lines += [pick(headers) for _ in range(pick([0, 1, 1, 2, 3]))]
         requests.append("\r\n".join([*lines, "Connection: close", "", pick(BODIES)]))
     requests += [UNFINISHED] * 40 + ["PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
